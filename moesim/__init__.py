@@ -1,0 +1,60 @@
+"""moesim: where should the experts of a Mixture-of-Experts model live, and was the answer right on the real hardware?
+
+Names are loaded when first used, so that `import moesim` is quick and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "load_trace": "moesim.trace",
+    "Trace": "moesim.trace",
+    "TraceStats": "moesim.trace",
+    "TraceWriter": "moesim.trace",
+    "load_model": "moesim.model",
+    "ModelSpec": "moesim.model",
+    "load_cluster": "moesim.hardware",
+    "load_device": "moesim.hardware",
+    "Cluster": "moesim.hardware",
+    "Placement": "moesim.plan",
+    "load_plan": "moesim.plan",
+    "place": "moesim.optimize",
+    "score": "moesim.optimize",
+    "simulate": "moesim.sim",
+    "capture": "moesim.capture",
+    "validate": "moesim.validate",
+}
+
+if TYPE_CHECKING:
+    from moesim.capture import capture as capture
+    from moesim.hardware import Cluster as Cluster
+    from moesim.hardware import load_cluster as load_cluster
+    from moesim.hardware import load_device as load_device
+    from moesim.model import ModelSpec as ModelSpec
+    from moesim.model import load_model as load_model
+    from moesim.optimize import place as place
+    from moesim.optimize import score as score
+    from moesim.plan import Placement as Placement
+    from moesim.plan import load_plan as load_plan
+    from moesim.sim import simulate as simulate
+    from moesim.trace import Trace as Trace
+    from moesim.trace import TraceStats as TraceStats
+    from moesim.trace import TraceWriter as TraceWriter
+    from moesim.trace import load_trace as load_trace
+    from moesim.validate import validate as validate
+
+__all__ = ["__version__", *sorted(_WHERE)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'moesim' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

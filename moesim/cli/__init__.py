@@ -1,0 +1,59 @@
+"""The command line: one file per verb."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import typer
+
+from moesim.cli import (
+    calibrate,
+    capture,
+    demo,
+    import_,
+    inspect,
+    models,
+    place,
+    profiles,
+    report,
+    score,
+    simulate,
+    solvers,
+    validate,
+)
+from moesim.errors import InputError, MoesimError
+
+app = typer.Typer(
+    name="moesim",
+    help="Where should the experts of a Mixture-of-Experts model live, and was the answer right on the real hardware?\n\n"
+    "Start with `moesim demo`: the whole story on this machine. Then: `import` or `capture` a trace, `inspect` it, `place` its experts, "
+    "`score` or `simulate` the plans on other tokens, `validate` them by executing the real layer, and `report`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (demo, capture, import_, inspect, place, score, simulate, validate, calibrate, report, solvers, profiles, models):
+    app.command(module.NAME, epilog=module.EPILOG)(module.run)
+
+
+def main() -> None:
+    """Entry point: errors raised on purpose become one line on stderr and exit code 2 (bad input) or 1 (a failed check)."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        app()
+    except InputError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except MoesimError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,53 @@
+"""`moesim profiles`: devices and clusters, every number with its source."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moesim.cli.options import AsJson
+
+NAME = "profiles"
+EPILOG = "Examples: moesim profiles · moesim profiles h100-sxm · moesim profiles h100-4x8 --json"
+
+
+def run(name: Annotated[str | None, typer.Argument(help="A device or cluster, by name or .toml path; without it, all are listed.")] = None, json: AsJson = False) -> None:
+    """List the shipped devices and clusters, or show one with the source of every number."""
+    from dataclasses import asdict
+
+    from moesim.cli.screen import emit_json, table
+    from moesim.hardware import cluster_names, device_names, load_cluster, load_device
+    from moesim.units import human
+
+    if name is None:
+        if json:
+            emit_json({"devices": device_names(), "clusters": cluster_names()})
+            return
+        devices = [load_device(item) for item in device_names()]
+        rows = [
+            [d.name, d.title, d.kind, " + ".join(f"{human(m.capacity_B, 'B')} {m.name} at {human(m.bandwidth_Bps, 'B/s')}" for m in d.memories),
+             ", ".join(f"{dtype} {human(rate, 'FLOP/s')}" for dtype, rate in d.flops.items()), str(len(d.weak_facts))]
+            for d in devices
+        ]  # fmt: skip
+        table("Devices", ["name", "title", "kind", "memory", "dense peak", "unverified"], rows)
+        clusters = [load_cluster(item) for item in cluster_names()]
+        table("Clusters", ["name", "title", "devices", "nodes"], [[c.name, c.title, str(c.size), str(c.nodes)] for c in clusters])
+        return
+    if name in cluster_names() and name not in device_names():
+        cluster = load_cluster(name)
+        devices = list({d.name: d for d in cluster.devices}.values())
+        if json:
+            emit_json({"cluster": cluster.name, "title": cluster.title, "devices": [d.name for d in cluster.devices], "node_of_device": cluster.node_G.tolist(),
+                       "unverified": list(cluster.weak_facts), "network": cluster.network.name if cluster.network else None})  # fmt: skip
+            return
+        links = [*{p.name: p for p in cluster.intra_G}.values(), *([cluster.network] if cluster.network else [])]
+        rows = [[link.name, link.title, human(link.bandwidth_Bps, "B/s"), human(link.latency_s, "s"), link.fact.confidence, link.fact.source] for link in links]
+        table(f"{cluster.title}: {cluster.size} devices in {cluster.nodes} nodes", ["link", "title", "per direction", "latency", "confidence", "source"], rows)
+    else:
+        devices = [load_device(name)]
+        if json:
+            emit_json({"device": devices[0].name, "title": devices[0].title, "facts": [asdict(fact) for fact in devices[0].facts]})
+            return
+    for device in devices:
+        table(f"{device.name}: {device.title}", ["where", "value", "confidence", "source"], [[f.path, f.value, f.confidence, f.source] for f in device.facts])

@@ -1,0 +1,6 @@
+"""Cost: time and bytes of one thing, as pure vectorised functions."""
+
+from moesim.cost.model import CostModel, LayerTimes, Weights
+from moesim.cost.traffic import Traffic, dispatch_table, route
+
+__all__ = ["CostModel", "LayerTimes", "Traffic", "Weights", "dispatch_table", "route"]

@@ -1,0 +1,161 @@
+"""Traffic: what a placement makes of a routing, exactly, from the tokens themselves.
+
+A token's hidden state goes once to each *distinct* device that holds one of its experts, and, where a transport
+forwards inside the node, once to each distinct node; so co-activation decides the bytes, not the token count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.plan import Placement
+from moesim.trace import NO_EXPERT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """Counts per step s and MoE layer l.
+
+    slot_tokens_SLP   tokens computed in each physical slot
+    copies_SLGG       token copies from the device a token lives on to each distinct destination device (diagonal: stays)
+    node_copies_SLGN  token copies to each distinct destination node
+    tokens_SG         tokens that live on each device
+    """
+
+    slot_tokens_SLP: NDArray[np.float64]
+    copies_SLGG: NDArray[np.float64]
+    node_copies_SLGN: NDArray[np.float64]
+    tokens_SG: NDArray[np.float64]
+
+    def device_tokens_SLG(self, placement: Placement) -> NDArray[np.float64]:
+        """Token-expert pairs each device computes."""
+        ends = np.cumsum(placement.slots_G)
+        sums = np.concatenate([np.zeros((*self.slot_tokens_SLP.shape[:2], 1)), self.slot_tokens_SLP.cumsum(axis=2)], axis=2)
+        return np.asarray(sums[:, :, ends] - sums[:, :, ends - placement.slots_G])
+
+    @property
+    def fanout_devices_L(self) -> NDArray[np.float64]:
+        """Mean number of distinct devices a token is sent to, per layer (its own counts)."""
+        return np.asarray(self.copies_SLGG.sum(axis=(0, 2, 3)) / self.tokens_SG.sum())
+
+    @property
+    def fanout_nodes_L(self) -> NDArray[np.float64]:
+        """Mean number of distinct nodes a token is sent to, per layer."""
+        return np.asarray(self.node_copies_SLGN.sum(axis=(0, 2, 3)) / self.tokens_SG.sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DispatchTable:
+    """Candidate slots of every (layer, source, expert): `slots[start : start + count]`, taken in turn by token index.
+
+    The source axis has length 1 when the choice does not depend on it.
+    """
+
+    start_LGE: NDArray[np.int32]
+    count_LGE: NDArray[np.int32]
+    slots: NDArray[np.int32]
+
+
+def dispatch_table(placement: Placement, node_G: NDArray[np.integer]) -> DispatchTable:
+    """Table of the placement's dispatch rule on devices in nodes `node_G`."""
+    layers, experts = placement.replicas_LE.shape
+    order = np.argsort(placement.slots_LP, axis=1, kind="stable").astype(np.int32)  # slots by expert, lowest first
+    ends = np.cumsum(placement.replicas_LE, axis=1, dtype=np.int32)
+    base = (np.arange(layers, dtype=np.int32) * order.shape[1])[:, None]
+    start, count = base + ends - placement.replicas_LE, placement.replicas_LE
+    if placement.dispatch == "even" or (placement.replicas_LE == 1).all():
+        return DispatchTable(start_LGE=start[:, None], count_LGE=count[:, None], slots=order.ravel())
+    sources = placement.devices
+    starts = np.repeat(start[:, None], sources, axis=1)
+    counts = np.repeat(count[:, None], sources, axis=1)
+    if placement.dispatch == "static-source":
+        counts[:] = 1
+    slots, tail = [order.ravel()], order.size
+    for layer, expert in np.argwhere(placement.replicas_LE > 1):
+        mine = order[layer, start[layer, expert] - base[layer, 0] :][: count[layer, expert]]
+        homes = placement.device_P[mine]
+        for source in range(sources):
+            near = mine[homes == source]
+            if not len(near) and placement.dispatch == "nearest":
+                near = mine[node_G[homes] == node_G[source]]
+            if len(near):
+                near = near[:1] if placement.dispatch == "static-source" else near
+                starts[layer, source, expert], counts[layer, source, expert] = tail, len(near)
+                slots.append(near)
+                tail += len(near)
+    return DispatchTable(start_LGE=starts, count_LGE=counts, slots=np.concatenate(slots))
+
+
+@cache
+def _kernel() -> Any:
+    import numba
+
+    @numba.njit(parallel=True, cache=True, nogil=True)
+    def route(experts_TLK, step_N, turn_N, source_N, start_LGE, count_LGE, slots, device_P, node_G, slot_out, copies_out, nodes_out):  # type: ignore[no-untyped-def]
+        tokens, layers, width = experts_TLK.shape
+        by_source = start_LGE.shape[1] > 1
+        devices, nodes = copies_out.shape[3], nodes_out.shape[3]
+        for layer in numba.prange(layers):
+            seen_G = np.full(devices, -1, np.int64)
+            seen_N = np.full(nodes, -1, np.int64)
+            for token in range(tokens):
+                step, source = step_N[token], source_N[token]
+                row = source if by_source else 0
+                for k in range(width):
+                    expert = experts_TLK[token, layer, k]
+                    if expert == NO_EXPERT:
+                        continue
+                    count = count_LGE[layer, row, expert]
+                    slot = slots[start_LGE[layer, row, expert] + (turn_N[token] % count if count > 1 else 0)]
+                    slot_out[step, layer, slot] += 1
+                    device = device_P[slot]
+                    if seen_G[device] != token:
+                        seen_G[device] = token
+                        copies_out[step, layer, source, device] += 1
+                        node = node_G[device]
+                        if seen_N[node] != token:
+                            seen_N[node] = token
+                            nodes_out[step, layer, source, node] += 1
+
+    return route
+
+
+def route(
+    experts_TLK: NDArray[np.uint16], placement: Placement, node_G: NDArray[np.integer], *, ends_S: NDArray[np.integer] | None = None, tokens_per_step: float | None = None
+) -> Traffic:
+    """Traffic of T tokens under a placement; step s is the tokens before `ends_S[s]` (rising, to T; default: one step).
+
+    Inside a step the devices' tokens are consecutive runs, as in data-parallel attention. With `tokens_per_step` the
+    counts are scaled so that every step stands for that many tokens. Cost: O(T·L·K); memory: the counts of all steps.
+    """
+    tokens, devices = len(experts_TLK), placement.devices
+    place = np.arange(tokens)
+    ends = np.asarray([tokens] if ends_S is None else ends_S)
+    length_S = np.diff(ends, prepend=0)
+    step_N = np.repeat(np.arange(len(ends), dtype=np.int32), length_S)
+    turn_N = place - (ends - length_S)[step_N]
+    source_N = (turn_N * devices // length_S[step_N]).astype(np.int32)
+    steps = len(ends)
+    table = dispatch_table(placement, node_G)
+    layers, slots, nodes = len(placement.layers), placement.slots_LP.shape[1], int(np.max(node_G)) + 1
+    slot_out = np.zeros((steps, layers, slots), np.int64)
+    copies = np.zeros((steps, layers, devices, devices), np.int64)
+    node_copies = np.zeros((steps, layers, devices, nodes), np.int64)
+    _kernel()(
+        experts_TLK, step_N, turn_N, source_N, table.start_LGE, table.count_LGE, table.slots, placement.device_P,
+        np.asarray(node_G, np.int32), slot_out, copies, node_copies,
+    )  # fmt: skip
+    lives = np.zeros((steps, devices))
+    np.add.at(lives, (step_N, source_N), 1.0)
+    scale_S = np.ones(steps) if tokens_per_step is None else tokens_per_step / length_S
+    return Traffic(
+        slot_tokens_SLP=slot_out * scale_S[:, None, None],
+        copies_SLGG=copies * scale_S[:, None, None, None],
+        node_copies_SLGN=node_copies * scale_S[:, None, None, None],
+        tokens_SG=lives * scale_S[:, None],
+    )

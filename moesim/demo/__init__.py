@@ -1,0 +1,1 @@
+"""The demonstration: a small real model through the whole chain."""

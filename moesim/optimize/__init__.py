@@ -1,0 +1,11 @@
+"""Optimisation: problems, solvers found by entry point, scoring of their plans."""
+
+from moesim.optimize.place import place, run_solver
+from moesim.optimize.problem import Capability, Problem, Progress, Solution, Solver, Status
+from moesim.optimize.registry import load_solver, solver_infos, solver_names
+from moesim.optimize.score import rows, score
+
+__all__ = [
+    "Capability", "Problem", "Progress", "Solution", "Solver", "Status",
+    "load_solver", "place", "rows", "run_solver", "score", "solver_infos", "solver_names",
+]  # fmt: skip

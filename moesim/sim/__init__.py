@@ -1,0 +1,5 @@
+"""Simulation engines."""
+
+from moesim.sim.lockstep import simulate
+
+__all__ = ["simulate"]

@@ -1,0 +1,102 @@
+"""Lockstep engine: every layer is dispatch, slowest device, combine. Vectorised over steps x layers x devices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost import CostModel, route
+from moesim.cost.collectives import PORTS
+from moesim.hardware import Cluster
+from moesim.plan import Plan
+from moesim.result import Result
+from moesim.trace import Trace
+
+CHUNK_TOKENS = 1 << 16
+
+
+def simulate(
+    trace: Trace, plan: Plan, cluster: Cluster, *, tokens_per_device: int = 4096, cost: CostModel | None = None, chunk_tokens: int = CHUNK_TOKENS
+) -> Result:
+    """Result of running a trace's selected tokens under a plan, `tokens_per_device` tokens of each device per step.
+
+    The tokens are cut into steps of equal length nearest to that size, and each step is scaled to it, so that every token
+    counts; `inputs["token_weight"]` says how many tokens one token stands for. Streams the trace: memory is bounded by
+    `chunk_tokens` and the counts of one chunk's steps. Raises PlanError when the plan is for something else.
+    """
+    plan.check_fits(trace.model, cluster.size, place=f"plan {plan.name!r}")
+    costs = cost or CostModel.of(cluster, trace.model)
+    placement = plan.placement
+    parts: list[tuple[NDArray[np.float64], ...]] = []
+    bytes_LGG = np.zeros((len(placement.layers), cluster.size, cluster.size))
+    fan_L, node_fan_L = np.zeros(len(placement.layers)), np.zeros(len(placement.layers))
+    busiest: Counter[str] = Counter()
+    outside = 0
+    full = tokens_per_device * cluster.size
+    steps = max(1, round(trace.tokens / full))
+    for experts, ends_S in _chunks(trace, steps, chunk_tokens):
+        traffic = route(experts, placement, cluster.node_G, ends_S=ends_S, tokens_per_step=full)
+        times = costs.layer_times(traffic, placement)
+        load = traffic.device_tokens_SLG(placement)
+        parts.append((times.dispatch.time_s_N, times.compute_s_SLG, times.combine.time_s_N, load))
+        moving = traffic.copies_SLGG.sum(axis=0) * ~np.eye(cluster.size, dtype=bool)
+        bytes_LGG += moving * costs.dispatch_B + np.swapaxes(moving, 1, 2) * costs.combine_B
+        fan_L += traffic.fanout_devices_L * len(ends_S)
+        node_fan_L += traffic.fanout_nodes_L * len(ends_S)
+        outside += int(times.extrapolated_SLG.any(axis=2).sum()) + int(times.dispatch.extrapolated_N.sum())
+        for port, times_seen in zip(*np.unique(times.dispatch.port_N, return_counts=True), strict=True):
+            busiest[PORTS[port] if port >= 0 else "nothing sent"] += int(times_seen)
+    notes = list(costs.notes)
+    weight = full * steps / trace.tokens
+    if weight > 2:
+        notes.append(f"the trace holds fewer tokens than one step needs: every token stands for {weight:.3g}")
+    if outside:
+        notes.append(f"extrapolated: {outside} of {2 * steps * len(placement.layers)} layer computations and exchanges lie outside the calibrated range")
+    dispatch, compute, combine, load = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Result(
+        name=plan.name,
+        engine="lockstep",
+        model=trace.model.name,
+        cluster=cluster.name,
+        layers=placement.layers,
+        dispatch_s_SL=dispatch,
+        compute_s_SLG=compute,
+        combine_s_SL=combine,
+        tokens_SLG=load,
+        traffic_B_LGG=bytes_LGG / steps,
+        fanout_devices_L=fan_L / steps,
+        fanout_nodes_L=node_fan_L / steps,
+        tokens_per_step=float(full),
+        bottlenecks=dict(busiest),
+        notes=tuple(notes),
+        inputs={
+            "trace": trace.digest,
+            "selection": trace.selection,
+            "plan": plan.digest,
+            "cluster": cluster.digest,
+            "tokens_per_device": tokens_per_device,
+            "token_weight": weight,
+            "transport": costs.transport,
+            "dispatch": placement.dispatch,
+        },
+    )
+
+
+def _chunks(trace: Trace, steps: int, chunk_tokens: int) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.int64]]]:
+    """The trace's T tokens as `steps` runs of T/steps tokens (to one token): several runs at a time, with their ends."""
+    ends = np.arange(1, steps + 1) * trace.tokens // steps
+    waiting: list[NDArray[np.uint16]] = []
+    held, given = 0, 0  # tokens waiting; steps given out
+    for batch in trace.batches(rows=min(chunk_tokens, CHUNK_TOKENS)):
+        waiting.append(batch.experts_TLK)
+        held += len(batch)
+        first = ends[given - 1] if given else 0
+        ready = int(np.searchsorted(ends, first + held, side="right"))
+        if ready > given and (held >= chunk_tokens or ready == steps):
+            merged = np.concatenate(waiting)
+            cut = int(ends[ready - 1] - first)
+            yield merged[:cut], ends[given:ready] - first
+            waiting, held, given = [merged[cut:]], held - cut, ready

@@ -1,0 +1,128 @@
+"""Executes a placement rank by rank on one device: each rank's resident experts and the tokens it really receives.
+
+Computation is executed and measured; the network between ranks is not, and is never summed under the word "measured".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moesim.cost import dispatch_table
+from moesim.errors import ValidationError
+from moesim.plan import Placement
+from moesim.trace import NO_EXPERT
+from moesim.validate.layer import Backend, ExpertWeights, moe_layer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Share:
+    """One rank's part of one layer and batch: which of its slots serve which tokens.
+
+    counts_P is tokens per resident slot (the cost model's input); slots_N, tokens_N, gates_N feed `moe_layer`.
+    """
+
+    plan: int
+    layer: int
+    rank: int
+    experts: tuple[int, ...]  # logical expert of each resident slot
+    slots_N: Tensor
+    tokens_N: Tensor
+    gates_N: Tensor
+
+    @property
+    def counts_P(self) -> NDArray[np.int64]:
+        """Tokens of each resident slot."""
+        return np.bincount(self.slots_N.cpu().numpy(), minlength=len(self.experts))
+
+
+def shares(
+    placement: Placement, experts_TLK: NDArray[np.uint16], gates_TLK: NDArray[np.floating], *, node_G: NDArray[np.integer], plan: int = 0, device: str = "cpu"
+) -> list[Share]:
+    """The shares of all ranks and layers for a batch, by the placement's own dispatch rule."""
+    tokens, layers, width = experts_TLK.shape
+    table = dispatch_table(placement, node_G)
+    source = np.arange(tokens) * placement.devices // tokens
+    row = np.minimum(source, table.start_LGE.shape[1] - 1)[:, None]
+    turn = np.arange(tokens)[:, None]
+    found = []
+    for layer in range(layers):
+        ids = experts_TLK[:, layer].astype(np.int64)
+        chosen = ids != NO_EXPERT
+        safe = np.where(chosen, ids, 0)
+        slot = table.slots[table.start_LGE[layer, row, safe] + turn % table.count_LGE[layer, row, safe]]
+        home = placement.device_P[slot]
+        token = np.broadcast_to(turn, ids.shape)
+        first = np.cumsum(placement.slots_G) - placement.slots_G
+        for rank in range(placement.devices):
+            mine = chosen & (home == rank)
+            found.append(
+                Share(
+                    plan=plan,
+                    layer=layer,
+                    rank=rank,
+                    experts=tuple(placement.slots_LP[layer, first[rank] : first[rank] + placement.slots_G[rank]].tolist()),
+                    slots_N=torch.as_tensor(slot[mine] - first[rank], dtype=torch.int64, device=device),
+                    tokens_N=torch.as_tensor(token[mine], device=device),
+                    gates_N=torch.as_tensor(gates_TLK[:, layer][mine].astype(np.float32), device=device),
+                )
+            )
+    return found
+
+
+def run(share: Share, hidden_TH: Tensor, weights: ExpertWeights, backend: Backend) -> Tensor:
+    """Output of one rank: [T, H], to be summed over ranks."""
+    return moe_layer(hidden_TH, share.slots_N, share.tokens_N, share.gates_N, weights, backend=backend)
+
+
+def same_output(parts: Sequence[Tensor], whole: Tensor, *, tolerance: float = 1e-4) -> float:
+    """Largest relative deviation of the summed ranks from the unplaced layer; ValidationError above `tolerance`.
+
+    A wrong map from logical to physical experts corrupts outputs silently in production; here it cannot pass.
+    """
+    deviation = float((torch.stack(list(parts)).sum(0) - whole).abs().max() / whole.abs().max().clamp_min(1e-20))
+    if not deviation <= tolerance:
+        raise ValidationError(f"outputs differ from the unplaced layer by {deviation:.2e} (limit {tolerance:.0e}); the placement moved tokens to wrong experts")
+    return deviation
+
+
+def measure(
+    calls: Sequence[Callable[[], object]],
+    *,
+    repeats: int,
+    seed: int = 0,
+    device: str = "cpu",
+    flush_B: int = 0,
+    progress: Callable[[float, str], None] = lambda share, what: None,
+) -> NDArray[np.float64]:
+    """Seconds of each call, [calls, repeats]. Calls are interleaved in random order, so that drift of clocks or load hits
+    all alike; each is warmed up once; `flush_B` bytes are written between calls so that caches hold nobody's weights."""
+    rng = np.random.default_rng(seed)
+    cuda = device.startswith("cuda")
+    scratch = torch.empty(max(flush_B, 8) // 4, dtype=torch.float32, device=device)
+    for call in calls:
+        call()
+    times = np.zeros((len(calls), repeats))
+    for repeat in range(repeats):
+        for index in rng.permutation(len(calls)):
+            if flush_B:
+                scratch.add_(1.0)
+            if cuda:
+                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                calls[index]()
+                stop.record()
+                stop.synchronize()
+                times[index, repeat] = start.elapsed_time(stop) / 1e3
+            else:
+                begin = time.perf_counter()
+                calls[index]()
+                times[index, repeat] = time.perf_counter() - begin
+        progress((repeat + 1) / repeats, "")
+    return times

@@ -1,0 +1,1 @@
+"""First-party solvers of moesim; found through entry points, like anybody's."""

@@ -1,0 +1,267 @@
+"""Placement search: which expert in which slot, so that devices are evenly loaded and tokens travel little.
+
+Every layer on its own, in threads: greedy balance, then rounds of annealing (each four times longer than the one
+before, the best kept), each ended by a descent. Stopping early keeps the best found so far.
+T tokens, L layers, K selections, E experts, P slots (sum of `slots_G`), G devices.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import numpy as np
+from moesim.errors import InputError
+from numpy.typing import ArrayLike, NDArray
+
+from moesim_solvers.placement.annealing import Layer, State, anneal, descend, evaluate, excess, spread, typical_step
+from moesim_solvers.placement.balance import balanced_slots
+
+NO_SELECTION = 65535
+MOST_TOKENS = 8192  # more do not improve held-out fan-out, and time grows in proportion
+BLOCKS = 8  # consecutive parts of the sample whose differing loads show how much a device's load may drift
+MOVES_PER_SLOT = 6000
+ROUNDS = 3
+CHUNK = 20_000  # moves between two looks at the clock, about 10 ms
+HOT, COLD = 0.5, 0.1  # temperatures, in typical changes of cost by a random move
+SOFT, FIRM = 1.0, 10.0  # price of exceeding a load limit during annealing, in prices of one device per token
+STRICT = 1000.0  # the same in the end: first keep the limit, then save travel
+
+Progress = Callable[[float, float], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Slots with the objective of each layer; `finished` tells whether time allowed every round."""
+
+    slots_LP: NDArray[np.int64]
+    cost_L: NDArray[np.float64]
+    start_cost_L: NDArray[np.float64]
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """One layer, its best slots so far."""
+
+    given: Layer
+    best_P: NDArray[np.int64]
+    best_1: NDArray[np.float64]
+    start_P: NDArray[np.int64]
+
+
+def search_slots(
+    experts_TLK: NDArray[np.integer],
+    load_LE: ArrayLike,
+    slots_G: ArrayLike,
+    node_G: ArrayLike,
+    *,
+    busy: float = 1.0,
+    fanout: float = 1.0,
+    node_fanout: float = 0.0,
+    load_slack: float | None = None,
+    drift: float = 1.0,
+    seed: int = 0,
+    time_limit_s: float = math.inf,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """Minimise, in each layer, what its tokens pay:
+
+        busy · busiest / mean device load + fanout · devices per token + node_fanout · nodes per token
+
+    Loads are `load_LE`, split evenly over replicas; travel is counted on the token sets of `experts_TLK`,
+    token t going to replica `t mod count` of an expert (rule `even`, replicas numbered by slot).
+    A device's load is raised by `drift` standard errors of its mean over eight consecutive parts of the sample,
+    because experts chosen together also surge together; 0 takes the loads as they are.
+
+    Parameters
+    ----------
+    experts_TLK : ids < E, 65535 = no selection. Beyond 8192 tokens an even subset is used.
+    slots_G, node_G : slots and node of each device; device g owns the g-th run of slots.
+    load_slack : if given, load is no cost but a limit: the greedy balance's own ratio plus this slack
+        (both with drift), and `busy` is not used.
+    time_limit_s : soft limit, looked at every few milliseconds; a result that was not cut off depends on the
+        seed only, not on time, threads or process.
+    progress : called with the fraction done and the mean cost over layers, after each layer of each round.
+
+    Raises
+    ------
+    InputError
+        If ids, loads, slots or nodes contradict one another or prices are negative.
+    """
+    stop_s = time.monotonic() + time_limit_s
+    experts_TLK = np.asarray(experts_TLK)
+    load_LE = np.asarray(load_LE, dtype=np.float64)
+    slots_G, node_G = np.asarray(slots_G, dtype=np.int64), np.asarray(node_G, dtype=np.int64)
+    _check(experts_TLK, load_LE, slots_G, node_G, (busy, fanout, node_fanout, load_slack or 0.0, drift))
+    node_G = np.unique(node_G, return_inverse=True)[1].astype(np.int64)
+    if len(experts_TLK) > MOST_TOKENS:
+        experts_TLK = experts_TLK[np.linspace(0, len(experts_TLK) - 1, MOST_TOKENS).astype(np.int64)]
+    layers, experts = load_LE.shape
+    first_G = np.concatenate([[0], np.cumsum(slots_G)])
+    slots = int(first_G[-1])
+    turn_RW = _turns(len(experts_TLK), min(len(slots_G), slots - experts + 1))
+    scale = fanout + node_fanout
+    limited = load_slack is not None
+    price_3 = np.array([STRICT * max(scale, 1e-9) if limited else busy, fanout, node_fanout])
+
+    def prepare(layer: int) -> _Task:
+        start_P = balanced_slots(load_LE[layer], first_G)
+        given = Layer(
+            member_EW=_members(experts_TLK[:, layer], experts),
+            turn_RW=turn_RW,
+            load_E=load_LE[layer],
+            drift_EB=_drift(experts_TLK[:, layer], load_LE[layer], drift),
+            first_G=first_G,
+            device_P=np.repeat(np.arange(len(slots_G)), slots_G),
+            node_G=node_G,
+            price_3=price_3,
+            mean=max(float(load_LE[layer].sum()) / len(slots_G), 1e-300),
+            limit=0.0,
+            tokens=max(len(experts_TLK), 1),
+        )
+        state = _state(given, start_P, 0)
+        if load_slack is not None:
+            given = given._replace(limit=excess(given, state) + load_slack)
+        return _Task(given=given, start_P=start_P, best_P=start_P.copy(), best_1=np.array([_cost(given, state)]))
+
+    def improve(layer: int, task: _Task, round_: int) -> bool:
+        if time.monotonic() > stop_s:
+            return False
+        draw = np.random.SeedSequence([seed, layer, round_]).generate_state(1, np.uint64)[0]
+        moves = MOVES_PER_SLOT * slots // 4 ** (ROUNDS - 1 - round_)
+        state = _state(task.given, task.start_P, draw)
+        step = typical_step(task.given, state, 0.0 if limited else busy, 200)
+        state = _state(task.given, task.start_P, draw)
+        soft, firm = (SOFT * scale, FIRM * scale) if limited else (busy, busy)
+        best_P, best_1 = task.start_P.copy(), np.array([_cost(task.given, state)])
+        done = 0
+        while step > 0 and done < moves and time.monotonic() < stop_s:
+            until = min(done + CHUNK, moves)
+            anneal(task.given, state, best_P, best_1, done, until, moves, HOT * step, COLD * step, soft, firm)
+            done = until
+        state = _state(task.given, best_P, draw)
+        descend(task.given, state, 50)
+        state = _state(task.given, state.slots_P, draw)
+        if _cost(task.given, state) < task.best_1[0]:
+            task.best_P[:], task.best_1[0] = state.slots_P, _cost(task.given, state)
+        return done == moves or step == 0
+
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        tasks = list(pool.map(prepare, range(layers)))
+        start_cost_L = np.array([task.best_1[0] for task in tasks])
+        finished = True
+        for round_ in range(ROUNDS):
+            jobs = [pool.submit(improve, layer, task, round_) for layer, task in enumerate(tasks)]
+            for count, job in enumerate(as_completed(jobs), start=1):
+                finished &= job.result()
+                if progress is not None:
+                    work = sum(4.0**r for r in range(round_)) + 4.0**round_ * count / layers
+                    progress(work / sum(4.0**r for r in range(ROUNDS)), float(np.mean([t.best_1[0] for t in tasks])))
+    return Found(
+        slots_LP=np.array([task.best_P for task in tasks]),
+        cost_L=np.array([task.best_1[0] for task in tasks]),
+        start_cost_L=start_cost_L,
+        finished=finished,
+    )
+
+
+def _cost(given: Layer, state: State) -> float:
+    return spread(given, state) + float(given.price_3[0]) * excess(given, state)
+
+
+def _state(given: Layer, slots_P: NDArray[np.int64], draw: np.uint64 | int) -> State:
+    """A state evaluated at these slots."""
+    experts, words = given.member_EW.shape
+    slots, devices, nodes = len(slots_P), len(given.node_G), int(given.node_G.max()) + 1
+    state = State(
+        slots_P=slots_P.copy(),
+        home_EX=np.zeros((experts, slots - experts + 2), np.int64),
+        count_E=np.zeros(experts, np.int64),
+        bits_PW=np.zeros((slots, words), np.uint64),
+        any_GW=np.zeros((devices, words), np.uint64),
+        many_GW=np.zeros((devices, words), np.uint64),
+        any_NW=np.zeros((nodes, words), np.uint64),
+        many_NW=np.zeros((nodes, words), np.uint64),
+        reach_G=np.zeros(devices, np.int64),
+        reach_N=np.zeros(nodes, np.int64),
+        load_G=np.zeros(devices),
+        drift_GB=np.zeros((devices, given.drift_EB.shape[1])),
+        peak_G=np.zeros(devices),
+        dirty_G=np.zeros(devices, np.bool_),
+        stale_N=np.zeros(nodes, np.bool_),
+        draw_1=np.array([draw], np.uint64),
+    )
+    evaluate(given, state)
+    return state
+
+
+def _members(experts_TK: NDArray[np.integer], experts: int) -> NDArray[np.uint64]:
+    """Bit sets [E, W] of the tokens that chose each expert."""
+    chosen_ET = np.zeros((experts + 1, len(experts_TK)), np.bool_)
+    ids_TK = np.where(experts_TK == NO_SELECTION, experts, experts_TK)
+    chosen_ET[ids_TK, np.arange(len(experts_TK))[:, None]] = True
+    return _packed(chosen_ET[:experts])
+
+
+def _turns(tokens: int, most: int) -> NDArray[np.uint64]:
+    """Bit sets [R, W]; row n(n-1)/2 + r holds the tokens that use replica r of n."""
+    return np.vstack([_packed(np.arange(tokens) % n == np.arange(n)[:, None]) for n in range(1, most + 1)])
+
+
+def _packed(flags_RT: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    rows, tokens = flags_RT.shape
+    words = -(-tokens // 64)
+    bytes_RB = np.zeros((rows, 8 * words), np.uint8)
+    bytes_RB[:, : -(-tokens // 8)] = np.packbits(flags_RT, axis=1, bitorder="little")
+    return bytes_RB.view(np.uint64)
+
+
+def _drift(experts_TK: NDArray[np.integer], load_E: NDArray[np.float64], drift: float) -> NDArray[np.float64]:
+    """Deviation of each expert's load in each of B consecutive parts, so scaled that a device's root sum of
+    squares over its experts' sums is `drift` standard errors of its load. Returns [E, B]."""
+    parts = np.array_split(experts_TK, min(BLOCKS, len(experts_TK))) if drift and len(experts_TK) > 1 else []
+    if not parts:
+        return np.zeros((len(load_E), 0))
+    count_BE = np.array([np.bincount(part[part != NO_SELECTION], minlength=len(load_E)) for part in parts])
+    share_BE = count_BE / np.maximum(count_BE.sum(1, keepdims=True), 1)
+    deviation_BE = (share_BE - share_BE.mean(0)) * load_E.sum()
+    return np.ascontiguousarray(deviation_BE.T) * (drift / math.sqrt(len(parts) * (len(parts) - 1)))
+
+
+def _check(
+    experts_TLK: NDArray[np.integer],
+    load_LE: NDArray[np.float64],
+    slots_G: NDArray[np.int64],
+    node_G: NDArray[np.int64],
+    prices: tuple[float, ...],
+) -> None:
+    if load_LE.ndim != 2 or experts_TLK.ndim != 3 or experts_TLK.shape[1] != len(load_LE) or not load_LE.size:
+        raise InputError(
+            f"experts_TLK {experts_TLK.shape} and load_LE {load_LE.shape} disagree; pass [T, L, K] and [L, E]"
+        )
+    experts = load_LE.shape[1]
+    strange_TLK = (experts_TLK >= experts) & (experts_TLK != NO_SELECTION)
+    if strange_TLK.any() or experts_TLK.min(initial=0) < 0:
+        token, layer, k = np.argwhere(strange_TLK | (experts_TLK < 0))[0]
+        raise InputError(
+            f"expert id {experts_TLK[token, layer, k]} at token {token}, layer {layer}; "
+            f"ids are 0..{experts - 1}, or {NO_SELECTION} for no selection"
+        )
+    if not (np.isfinite(load_LE) & (load_LE >= 0)).all():
+        layer, expert = np.argwhere(~(np.isfinite(load_LE) & (load_LE >= 0)))[0]
+        raise InputError(f"load {load_LE[layer, expert]} at layer {layer}, expert {expert}; loads are finite, >= 0")
+    if slots_G.ndim != 1 or slots_G.shape != node_G.shape or not slots_G.size or slots_G.min() < 1:
+        raise InputError(f"slots_G {slots_G.tolist()} and node_G {node_G.tolist()}: one slot or more per device each")
+    if slots_G.sum() < experts or slots_G.max() > experts:
+        raise InputError(
+            f"slots_G {slots_G.tolist()} for {experts} experts; give {experts} slots or more in all "
+            f"and no device more than {experts}"
+        )
+    if not all(math.isfinite(price) and price >= 0 for price in prices):
+        raise InputError(f"prices, slack and drift {prices} must be finite and >= 0")
