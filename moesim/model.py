@@ -1,8 +1,8 @@
 """ModelSpec: what moesim must know of a Mixture-of-Experts model. Shapes only, never weights.
 
-    >>> spec = load_model("deepseek-v2-lite")
-    >>> len(spec.moe_layers), spec.experts, spec.top_k, spec.expert_B
-    (26, 64, 6, 17301504.0)
+>>> spec = load_model("deepseek-v2-lite")
+>>> len(spec.moe_layers), spec.experts, spec.top_k, spec.expert_B
+(26, 64, 6, 17301504.0)
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Human units at the edge, SI base units inside.
 
-    >>> parse("3.35 TB/s", "B/s")
-    3350000000000.0
-    >>> parse("80 GiB", "B")
-    85899345920.0
-    >>> parse(5e-6, "s")
-    5e-06
-    >>> human(0.0000423, "s"), human(3.35e12, "B/s")
-    ('42.3 us', '3.35 TB/s')
+>>> parse("3.35 TB/s", "B/s")
+3350000000000.0
+>>> parse("80 GiB", "B")
+85899345920.0
+>>> parse(5e-6, "s")
+5e-06
+>>> human(0.0000423, "s"), human(3.35e12, "B/s")
+('42.3 us', '3.35 TB/s')
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def human(value: float, unit: str = "", digits: int = 3) -> str:
     if value == 0 or not math.isfinite(value):
         return f"{value:g} {unit}".rstrip()
     size = abs(value)
-    for step, prefix in _STEPS:
-        if size >= step * (1 - 0.5 * 10**-digits):
-            break
+    step, prefix = next(((step, prefix) for step, prefix in _STEPS if size >= step * (1 - 0.5 * 10**-digits)), _STEPS[-1])
     scaled = value / step
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(scaled)) + 1e-12))
     return f"{scaled:.{decimals}f} {prefix}{unit}".rstrip()

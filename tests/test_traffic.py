@@ -62,7 +62,9 @@ def test_it_equals_counting_token_by_token(case: tuple[np.ndarray, Placement]) -
                 if placement.dispatch == "static-source":
                     mine = mine[homes == source][:1] if (homes == source).any() else mine[:1] if len(mine) > 1 else mine
                 elif placement.dispatch == "nearest":
-                    near = [s for s in mine if placement.device_P[s] == source] or [s for s in mine if NODE_G[placement.device_P[s]] == NODE_G[source]]
+                    near = [s for s in mine if placement.device_P[s] == source] or [
+                        s for s in mine if NODE_G[placement.device_P[s]] == NODE_G[source]
+                    ]
                     mine = near or mine
                 if placement.dispatch == "static-source" and len(mine) > 1:
                     mine = mine[:1]

@@ -17,7 +17,9 @@ def run(
     format: Annotated[str, typer.Argument(help="npz: arrays ids [T, L, K], optional weights [T, L, K] and seqlens [S].")],
     source: Annotated[Path, typer.Argument(help="The file to read.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The trace directory to write.")],
-    model: Annotated[str | None, typer.Option("--model", help="A preset (see `moesim models`) or a config.json; default: a bare shape read off the ids.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A preset (see `moesim models`) or a config.json; default: a bare shape read off the ids.")
+    ] = None,
     domain: Annotated[str, typer.Option("--domain", help="Domain label of these tokens.")] = "",
     phase: Annotated[str, typer.Option("--phase", help="train, prefill or decode.")] = "prefill",
     json: AsJson = False,
@@ -34,4 +36,7 @@ def run(
         emit_json({"trace": str(output), "tokens": imported.tokens, "model": imported.model.to_dict(), "notes": list(imported.notes)})
         return
     note(*(f"note: {line}" for line in imported.notes))
-    print(f"wrote {output}: {imported.tokens:,} tokens, {len(imported.model.moe_layers)} MoE layers x {imported.model.experts} experts; next: moesim inspect {output}")
+    print(
+        f"wrote {output}: {imported.tokens:,} tokens, {len(imported.model.moe_layers)} MoE layers x {imported.model.experts} experts; "
+        f"next: moesim inspect {output}"
+    )

@@ -45,7 +45,13 @@ def run(
     stats, model = found.stats, source.model
     affinity = [f"{bits:.2f}" for bits in stats.affinity_bits]
     rows = [
-        [str(layer), f"{stats.skew_L[i]:.2f}", str(int(stats.load_LE[i].argmax())), str(int((stats.load_LE[i] == 0).sum())), affinity[i] if i < len(affinity) else ""]
+        [
+            str(layer),
+            f"{stats.skew_L[i]:.2f}",
+            str(int(stats.load_LE[i].argmax())),
+            str(int((stats.load_LE[i] == 0).sum())),
+            affinity[i] if i < len(affinity) else "",
+        ]
         for i, layer in enumerate(model.moe_layers)
     ]
     title = f"{model.name}: {stats.tokens:,} tokens ({source.selection}), {model.experts} experts, top-{model.top_k}"
@@ -55,7 +61,9 @@ def run(
         cells = [[a or "(none)", *(f"{found.drift_DD[i, j]:.3f}" for j in range(len(names)))] for i, a in enumerate(names)]
         table("Drift between domains, bits", ["domain", *(name or "(none)" for name in names)], cells)
     if len(found.drift_over_steps):
-        cells = [[f"{a} → {b}", f"{row.mean():.4f}"] for a, b, row in zip(found.step_edges, found.step_edges[1:], found.drift_over_steps, strict=False)]
+        cells = [
+            [f"{a} → {b}", f"{row.mean():.4f}"] for a, b, row in zip(found.step_edges, found.step_edges[1:], found.drift_over_steps, strict=False)
+        ]
         table("Drift over steps, bits (mean over layers)", ["from step → to step", "drift"], cells)
     if found.repeated_share > 0.05:
         note(f"note: {found.repeated_share:.0%} of tokens choose exactly what the token before chose in every layer; padding or dummy batches?")

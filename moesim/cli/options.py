@@ -7,13 +7,19 @@ from typing import Annotated
 
 import typer
 
-TracePath = Annotated[Path, typer.Argument(help="A trace: a directory written by `moesim capture` or `moesim import`, or one .parquet file.", metavar="TRACE")]
+TracePath = Annotated[
+    Path, typer.Argument(help="A trace: a directory written by `moesim capture` or `moesim import`, or one .parquet file.", metavar="TRACE")
+]
 PlanPaths = Annotated[list[Path], typer.Argument(help="Plans written by `moesim place`.", metavar="PLAN…")]
 ClusterName = Annotated[str, typer.Option("--cluster", help="A cluster by name (see `moesim profiles`), or the path of a .toml file.")]
-Tokens = Annotated[str | None, typer.Option("--tokens", help="Range of the trace's tokens, such as 0%:50% or 1000:2000: learn on one part, score on another.")]
+Tokens = Annotated[
+    str | None, typer.Option("--tokens", help="Range of the trace's tokens, such as 0%:50% or 1000:2000: learn on one part, score on another.")
+]
 Domain = Annotated[list[str] | None, typer.Option("--domain", help="Only tokens of this domain; may be repeated.")]
 Phase = Annotated[str | None, typer.Option("--phase", help="Only tokens of this phase: train, prefill or decode.")]
-TokensPerDevice = Annotated[int, typer.Option("--tokens-per-device", min=1, help="Tokens each device holds in one step: thousands for prefill, tens for decode.")]
+TokensPerDevice = Annotated[
+    int, typer.Option("--tokens-per-device", min=1, help="Tokens each device holds in one step: thousands for prefill, tens for decode.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]

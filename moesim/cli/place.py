@@ -49,7 +49,13 @@ def run(
         problem = Problem.of(source, where, slots=total, dispatch=dispatch, tokens_per_device=tokens_per_device)
     with progress(f"{solver}:") as report:
         plan, solution = place(
-            problem, solver=solver, seed=seed, time_limit_s=time_limit, progress=report, name=name, learnt_from=f"{source.digest} ({source.selection})"
+            problem,
+            solver=solver,
+            seed=seed,
+            time_limit_s=time_limit,
+            progress=report,
+            name=name,
+            learnt_from=f"{source.digest} ({source.selection})",
         )
     if plan is None:
         if json:
@@ -60,7 +66,9 @@ def run(
     result = score(source, [plan], where, tokens_per_device=tokens_per_device, cost=problem.cost)[0]
     summary = {**result.summary(), "on": f"the tokens it learnt from ({source.selection})"}
     if json:
-        emit_json({"status": str(solution.status), "plan": str(output), "solution": dict(plan.solution), "in_sample": summary, "notes": list(result.notes)})
+        emit_json(
+            {"status": str(solution.status), "plan": str(output), "solution": dict(plan.solution), "in_sample": summary, "notes": list(result.notes)}
+        )
         return
     columns, rows = result_rows([summary])
     table(f"{solver} on {where.name}, in-sample ({source.selection}); {solution.status} in {solution.seconds:.2f} s", columns, rows)

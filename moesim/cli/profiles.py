@@ -12,7 +12,10 @@ NAME = "profiles"
 EPILOG = "Examples: moesim profiles · moesim profiles h100-sxm · moesim profiles h100-4x8 --json"
 
 
-def run(name: Annotated[str | None, typer.Argument(help="A device or cluster, by name or .toml path; without it, all are listed.")] = None, json: AsJson = False) -> None:
+def run(
+    name: Annotated[str | None, typer.Argument(help="A device or cluster, by name or .toml path; without it, all are listed.")] = None,
+    json: AsJson = False,
+) -> None:
     """List the shipped devices and clusters, or show one with the source of every number."""
     from dataclasses import asdict
 
@@ -38,16 +41,35 @@ def run(name: Annotated[str | None, typer.Argument(help="A device or cluster, by
         cluster = load_cluster(name)
         devices = list({d.name: d for d in cluster.devices}.values())
         if json:
-            emit_json({"cluster": cluster.name, "title": cluster.title, "devices": [d.name for d in cluster.devices], "node_of_device": cluster.node_G.tolist(),
-                       "unverified": list(cluster.weak_facts), "network": cluster.network.name if cluster.network else None})  # fmt: skip
+            emit_json(
+                {
+                    "cluster": cluster.name,
+                    "title": cluster.title,
+                    "devices": [d.name for d in cluster.devices],
+                    "node_of_device": cluster.node_G.tolist(),
+                    "unverified": list(cluster.weak_facts),
+                    "network": cluster.network.name if cluster.network else None,
+                }
+            )
             return
         links = [*{p.name: p for p in cluster.intra_G}.values(), *([cluster.network] if cluster.network else [])]
-        rows = [[link.name, link.title, human(link.bandwidth_Bps, "B/s"), human(link.latency_s, "s"), link.fact.confidence, link.fact.source] for link in links]
-        table(f"{cluster.title}: {cluster.size} devices in {cluster.nodes} nodes", ["link", "title", "per direction", "latency", "confidence", "source"], rows)
+        rows = [
+            [link.name, link.title, human(link.bandwidth_Bps, "B/s"), human(link.latency_s, "s"), link.fact.confidence, link.fact.source]
+            for link in links
+        ]
+        table(
+            f"{cluster.title}: {cluster.size} devices in {cluster.nodes} nodes",
+            ["link", "title", "per direction", "latency", "confidence", "source"],
+            rows,
+        )
     else:
         devices = [load_device(name)]
         if json:
             emit_json({"device": devices[0].name, "title": devices[0].title, "facts": [asdict(fact) for fact in devices[0].facts]})
             return
     for device in devices:
-        table(f"{device.name}: {device.title}", ["where", "value", "confidence", "source"], [[f.path, f.value, f.confidence, f.source] for f in device.facts])
+        table(
+            f"{device.name}: {device.title}",
+            ["where", "value", "confidence", "source"],
+            [[f.path, f.value, f.confidence, f.source] for f in device.facts],
+        )

@@ -35,8 +35,19 @@ def run(
         results = score(source, loaded, where, tokens_per_device=tokens_per_device)
     if json:
         shown = [{**result.summary(), "file": str(path)} for path, result in zip(plans, results, strict=True)]
-        emit_json({"trace": str(trace), "selection": source.selection, "tokens": source.tokens, "cluster": where.name, "plans": shown, "notes": list(results[0].notes)})
+        emit_json(
+            {
+                "trace": str(trace),
+                "selection": source.selection,
+                "tokens": source.tokens,
+                "cluster": where.name,
+                "plans": shown,
+                "notes": list(results[0].notes),
+            }
+        )
         return
     columns, rows = result_rows([result.summary() for result in results])
-    table(f"{source.model.name} on {where.name}: {source.tokens:,} tokens ({source.selection}), {tokens_per_device} per device and step", columns, rows)
+    table(
+        f"{source.model.name} on {where.name}: {source.tokens:,} tokens ({source.selection}), {tokens_per_device} per device and step", columns, rows
+    )
     note(*(f"note: {line}" for line in results[0].notes))

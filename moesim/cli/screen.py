@@ -46,15 +46,30 @@ def note(*lines: str) -> None:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[float, str], None]]:
-    """A bar on stderr; the function it gives takes the share done (0..1) and what is being done."""
+def chapters() -> Iterator[Callable[[str], Callable[[float, str], None]]]:
+    """Bars on stderr, one per chapter; a chapter's function takes the share done (0..1) and what is being done."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda share, text="": bar.update(task, completed=share, description=f"{what} {text}".rstrip())
+
+        def chapter(what: str) -> Callable[[float, str], None]:
+            task = bar.add_task(what, total=1.0)
+
+            def update(share: float, text: str = "") -> None:
+                bar.update(task, completed=share, description=f"{what} {text}".rstrip())
+
+            return update
+
+        yield chapter
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[float, str], None]]:
+    """One bar on stderr."""
+    with chapters() as chapter:
+        yield chapter(what)
 
 
 def open_trace(path: Any, *, tokens: str | None, domain: Sequence[str] | None, phase: str | None) -> Trace:

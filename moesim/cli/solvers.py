@@ -19,5 +19,8 @@ def run(json: AsJson = False) -> None:
     if json:
         emit_json({"solvers": [{**asdict(info), "available": info.available} for info in infos]})
         return
-    rows = [[info.name, info.solves, ", ".join(info.capabilities), "yes" if info.available else f"needs {', '.join(info.missing)}", info.summary] for info in infos]
+    rows = [
+        [info.name, info.solves, ", ".join(info.capabilities), "yes" if info.available else f"needs {', '.join(info.missing)}", info.summary]
+        for info in infos
+    ]
     table("Solvers", ["name", "solves", "can", "available", "how"], rows)

@@ -1,20 +1,22 @@
 """Time of one MoE layer's experts on one device, from the tokens of each resident expert.
 
-An expert is two matrix products (gate+up: hidden -> intermediate, down: back). A kernel cuts the tokens of an
-expert into tiles of some rows; every tile walks over the expert's weights. Per product, with `cols` outputs and
-`depth` inputs per row:
+An expert is two matrix products (gate+up: hidden -> intermediate, down: back). A kernel cuts an expert's
+tokens into tiles of some rows; every tile walks over the expert's weights. Per product of `cols` outputs and
+`depth` inputs:
 
-    memory  = (active + (tiles - active)*reread*miss) * cols*depth*weight_B * walk / (bandwidth*memory_efficiency)
-    compute = (tiles*walk + partial_tile*hollow) * (rows + tile_overhead) * 2*cols*depth / (flops*flops_efficiency)
-              * (1 + wave_tail * units/(blocks + units))
+    memory  = passes * cols*depth*weight_B * walk / (bandwidth * memory_efficiency)
+    compute = walks * (rows + tile_overhead) * 2*cols*depth / (flops * flops_efficiency) * waves
     product = (memory^overlap + compute^overlap)^(1/overlap)
-    walk    = 1 + prologue/depth                      start of a tile's pipeline
-    miss    = 1/(1 + (reread_cache*cache_B/weights)^4)   weights of one expert that the cache has dropped again
-    hollow  = sum over partly filled tiles of (empty share)^0.6
-    blocks  = tiles*cols/tile_columns                 thread blocks; few of them leave units idle
+    passes  = active + (tiles - active) * reread * miss    first walk from memory, later ones where the cache missed
+    miss    = 1/(1 + (reread_cache*cache_B/matrix_B)^4)    share of the matrix the cache dropped since the last walk
+    walk    = 1 + prologue/depth                           a tile's pipeline fills once
+    walks   = tiles*walk + partial_tile*hollow
+    hollow  = tiles * sqrt(1 - selections/(tiles*rows))    tiles, weighted with their empty rows
+    waves   = 1 + wave_tail * units/(blocks + units)       few blocks = tiles*cols/tile_columns leave units idle
 
-The layer adds activation traffic, routing per token and a launch cost. Suffixes: N cases, E resident experts,
-X kernel launches of a case (1, or E for style "loop").
+The layer adds activation traffic, routing per token and a launch cost. A cache that still holds the weights of the
+last call (`warm_cache`) serves the first walk too. Suffixes: N cases, E resident experts, X launches of a case
+(1, or E for style "loop").
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,10 +38,18 @@ Style = Literal["loop", "grouped", "fused"]
 
 STYLES = ("loop", "grouped", "fused")
 # fp8_block carries one fp32 scale per 128x128 weights, int4 one fp16 scale per 128 weights.
-WEIGHT_B = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp8_block": 1 + 4 / 128**2, "int8": 1.0, "int4": 0.5 + 2 / 128, "fp4": 0.5 + 1 / 16}
+WEIGHT_B = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "fp16": 2.0,
+    "fp8": 1.0,
+    "fp8_block": 1 + 4 / 128**2,
+    "int8": 1.0,
+    "int4": 0.5 + 2 / 128,
+    "fp4": 0.5 + 1 / 16,
+}
 VALID_KEYS = ("tokens", "hidden", "intermediate", "experts", "top_k")
 _MISS_SHARPNESS = 4.0
-_HOLLOW_POWER = 0.6
 _MAY_BE_ZERO = frozenset({"launch_s", "token_s", "prologue", "tile_overhead", "wave_tail", "partial_tile", "reread"})
 
 
@@ -91,7 +101,7 @@ class ExpertKernel:
     partial_tile: float = 0.0
     reread: float = 0.5
     reread_cache: float = 0.7
-    tile_rows: tuple[int, ...] = (64,)
+    tile_rows: tuple[float, ...] = (64,)
     by_tokens: tuple[float, ...] = ()
     by_tokens_per_expert: tuple[float, ...] = ()
     by_selections_per_expert: tuple[float, ...] = ()
@@ -110,10 +120,14 @@ class ExpertKernel:
             raise ProfileError(f"{where}: overlap={self.overlap!r} must be >= 1 and reread={self.reread!r} <= 1; fit the kernel again")
         rules = [steps for steps in (self.by_tokens, self.by_tokens_per_expert, self.by_selections_per_expert) if steps]
         steps = rules[0] if rules else ()
-        if len(rules) > 1 or len(self.tile_rows) != len(steps) + 1 or list(steps) != sorted(set(steps)) or min(self.tile_rows) < 1 or self.tile_columns < 1:
-            raise ProfileError(
-                f"{where}: tile_rows={self.tile_rows} with steps {rules}: give at most one rule, rising, with one step fewer than tile_rows, sizes >= 1"
-            )
+        if (
+            len(rules) > 1
+            or len(self.tile_rows) != len(steps) + 1
+            or list(steps) != sorted(set(steps))
+            or min(self.tile_rows) < 1
+            or self.tile_columns < 1
+        ):
+            raise ProfileError(f"{where}: tile_rows={self.tile_rows} with steps {rules}: give at most one rule, rising, one step fewer than rows")
         if unknown := set(self.valid) - set(VALID_KEYS):
             raise ProfileError(f"{where}: valid names {sorted(unknown)}; known are {', '.join(VALID_KEYS)}")
 
@@ -125,16 +139,17 @@ class ExpertKernel:
             raise ProfileError(f"kernel {fitted.name!r}: unknown parameters {unknown}; known are {', '.join(sorted(known))}")
         if missing := sorted(set(PARAMETERS) - set(fitted.parameters)):
             raise ProfileError(f"kernel {fitted.name!r}: parameters {missing} are missing; fit the kernel again")
-        tiling = {name: value for name, value in fitted.parameters.items() if name in TILING}
+        given: dict[str, Any] = {name: float(fitted.parameters[name]) for name in PARAMETERS}
+        for name in TILING:
+            if name in fitted.parameters:
+                value = fitted.parameters[name]
+                given[name] = int(value) if name == "tile_columns" else tuple(value)
         return cls(
             name=fitted.name,
             style=fitted.attributes["style"],
             dtype=fitted.attributes["dtype"],
-            valid=fitted.valid,
-            tile_rows=tuple(int(rows) for rows in tiling.pop("tile_rows", (64,))),
-            tile_columns=int(tiling.pop("tile_columns", 128)),
-            **{name: tuple(steps) for name, steps in tiling.items()},
-            **{name: float(fitted.parameters[name]) for name in PARAMETERS},
+            valid={name: (float(least), float(most)) for name, (least, most) in fitted.valid.items()},
+            **given,
         )
 
 
@@ -177,7 +192,6 @@ class TileLoad:
     active_NX: Floats
     selections_NX: Floats
     tiles_NX: Floats
-    hollow_NX: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,9 +244,7 @@ def tile_load(counts_NE: Floats, kernel: ExpertKernel, *, top_k: ArrayLike, toke
     layer_N = selections_N / np.asarray(top_k) if tokens_N is None else np.broadcast_to(np.asarray(tokens_N, np.float64), selections_N.shape)
     experts_N = np.full(len(counts_NE), float(counts_NE.shape[1]))
     rows_N1 = _tile_rows(kernel, layer_N, selections_N, experts_N)[:, None]
-    full_NE = counts_NE / rows_N1
-    tiles_NE = np.ceil(full_NE)
-    hollow_NE = (tiles_NE - full_NE) ** _HOLLOW_POWER
+    tiles_NE = np.ceil(counts_NE / rows_N1)
     active_NE = (counts_NE > 0).astype(np.float64)
 
     def per_launch(values_NE: Floats) -> Floats:
@@ -245,7 +257,6 @@ def tile_load(counts_NE: Floats, kernel: ExpertKernel, *, top_k: ArrayLike, toke
         active_NX=per_launch(active_NE),
         selections_NX=per_launch(counts_NE),
         tiles_NX=per_launch(tiles_NE),
-        hollow_NX=per_launch(hollow_NE),
     )
 
 
@@ -267,7 +278,9 @@ def layer_time(load: TileLoad, shape: ExpertShape, peak: ComputePeak, kernel: Ex
     first_N1: Floats | float = 1.0
     if warm_cache:
         expert_B_N1 = (gates_N1 + 1) * hidden_N1 * intermediate_N1 * weight_B
-        first_N1 = _miss(load.active_NX.sum(axis=1, keepdims=True) * expert_B_N1, cached_B)
+        first_N1 = _miss(load.active_NX.sum(axis=1, keepdims=True) * expert_B_N1, peak.cache_B)
+    rows_NX = load.tiles_NX * load.rows_N1
+    hollow_NX = np.sqrt(load.tiles_NX * np.maximum(rows_NX - load.selections_NX, 0) / load.rows_N1)
     launches_NX = np.minimum(load.active_NX, 1.0)
     weights_NX = np.zeros(load.tiles_NX.shape)
     compute_NX = np.zeros(load.tiles_NX.shape)
@@ -278,7 +291,7 @@ def layer_time(load: TileLoad, shape: ExpertShape, peak: ComputePeak, kernel: Ex
         again_N1 = kernel.reread * _miss(matrix_B_N1, cached_B)
         passes_NX = load.active_NX * first_N1 + (load.tiles_NX - load.active_NX) * again_N1
         memory_NX = passes_NX * matrix_B_N1 * walk_N1 / (peak.memory_Bps * kernel.memory_efficiency)
-        row_NX = (load.tiles_NX * walk_N1 + kernel.partial_tile * load.hollow_NX) * (load.rows_N1 + kernel.tile_overhead)
+        row_NX = (load.tiles_NX * walk_N1 + kernel.partial_tile * hollow_NX) * (load.rows_N1 + kernel.tile_overhead)
         idle_NX = peak.units / (load.tiles_NX * cols_N1 / kernel.tile_columns + peak.units)
         flops_NX = 2 * row_NX * cols_N1 * depth_N1 / (peak.flops * kernel.flops_efficiency) * (1 + kernel.wave_tail * idle_NX)
         weights_NX += memory_NX
@@ -311,7 +324,13 @@ def _soft_maximum(left: Floats, right: Floats, power: float) -> Floats:
 
 
 def _outside(load: TileLoad, shape: ExpertShape, valid: Mapping[str, tuple[float, float]]) -> Bools:
-    values = {"tokens": load.tokens_N, "experts": load.experts_N, "hidden": shape.hidden, "intermediate": shape.intermediate, "top_k": shape.top_k}
+    values = {
+        "tokens": load.tokens_N,
+        "experts": load.experts_N,
+        "hidden": shape.hidden,
+        "intermediate": shape.intermediate,
+        "top_k": shape.top_k,
+    }
     outside_N = np.zeros(load.tokens_N.shape, bool)
     for name, (least, most) in valid.items():
         outside_N |= (np.asarray(values[name]) < least) | (np.asarray(values[name]) > most)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 from moesim.cost.collectives import CollectiveCurve, LinearPort, Port, Ports, collective
-from moesim.cost.experts import ComputePeak, ExpertKernel
+from moesim.cost.experts import ComputePeak, ExpertKernel, Style
 from moesim.errors import ProfileError
-from moesim.hardware import Cluster, Device, Fitted
+from moesim.hardware import Cluster, Device
 
 # Arithmetic a weight format runs at: weights of fewer bits are widened first, unless the device has the format.
 _ARITHMETIC = {
@@ -32,7 +32,9 @@ def device_peak(device: Device, dtype: str) -> tuple[ComputePeak, list[str]]:
         raise ProfileError(f"dtype {dtype!r} is unknown; use one of {', '.join(_ARITHMETIC)}")
     usable = [name for name in _ARITHMETIC[dtype] if name in device.flops]
     if not usable:
-        raise ProfileError(f"device {device.name!r} lists no peak for {dtype} (only {', '.join(device.flops)}); add compute.flops.{dtype} to its profile")
+        raise ProfileError(
+            f"device {device.name!r} lists no peak for {dtype} (only {', '.join(device.flops)}); add compute.flops.{dtype} to its profile"
+        )
     notes = [f"{device.name}: no {dtype} arithmetic listed, computed in {usable[0]}"] if usable[0] != _ARITHMETIC[dtype][0] else []
     for name, value in (("compute.cache", device.cache_B), ("compute.units", device.units)):
         if value is None:
@@ -61,38 +63,39 @@ def device_kernel(device: Device, dtype: str, name: str | None = None) -> tuple[
     if name is not None:
         known = ", ".join(f"{fit.name}[{fit.attributes['dtype']}]" for fit in device.kernels) or "none"
         raise ProfileError(f"device {device.name!r} has no kernel {name!r} for {dtype}; it has: {known}")
-    style = "loop" if device.kind == "cpu" else "fused"
+    style: Style = "loop" if device.kind == "cpu" else "fused"
     kernel = ExpertKernel(name="typical", style=style, dtype=dtype)
     return kernel, [f"not calibrated: {device.name} has no fitted {dtype} expert kernel; times come from a typical {style} kernel"]
 
 
 def device_ports(cluster: Cluster) -> tuple[Ports, list[str]]:
-    """Ports of a cluster's devices: fitted curves where the profile has them, else bandwidth and latency of the links."""
+    """Ports of a cluster's devices: fitted curves where the profile has them, else bandwidth and latency of the links.
+
+    Inside a node: the device's own all-to-all curve over NVLink. Between nodes: the NIC of the DeepEP normal kernels,
+    which the profile carries for 400 Gbit/s NICs; an over-subscribed network gives every NIC its share.
+    """
     notes: list[str] = []
     slowest = min(range(cluster.size), key=lambda g: cluster.intra_G[g].bandwidth_Bps)
     device, wire = cluster.devices[slowest], cluster.intra_G[slowest]
     if len({link.name for link in cluster.intra_G}) > 1:
         notes.append(f"all-to-all inside nodes is computed with the slowest port, {wire.name}")
-    curve = _all_to_all(device.collectives)
-    link: Port
-    if curve is not None and wire.name.startswith("nvlink"):
+    found = {(fit.name, fit.attributes["op"]): collective(fit) for fit in device.collectives}
+    curve, deepep = found.get(("nccl", "all_to_all")), found.get(("deepep-normal", "all_to_all"))
+    link: Port = LinearPort(latency_s=wire.latency_s, bandwidth_Bps=wire.bandwidth_Bps)
+    if isinstance(curve, CollectiveCurve) and wire.name.startswith("nvlink"):
         link = curve.port
-    else:
-        link = LinearPort(latency_s=wire.latency_s, bandwidth_Bps=wire.bandwidth_Bps)
-        notes.append(f"not calibrated: all-to-all over {wire.name} is latency + bytes/bandwidth of its datasheet")
-    if cluster.network is None:
+    elif cluster.size > cluster.nodes:
+        notes.append(f"not calibrated: all-to-all over {wire.name} is latency + bytes/bandwidth of its profile")
+    network = cluster.network
+    if network is None:
         return Ports(link=link), notes
-    nic = LinearPort(latency_s=cluster.network.latency_s, bandwidth_Bps=cluster.network.bandwidth_Bps / cluster.oversubscription)
-    fitted = [found for fit in device.collectives if isinstance(found := collective(fit), Ports) and found.nic is not None]
-    if fitted and cluster.network.bandwidth_Bps == 50e9 and cluster.oversubscription == 1:
-        nic = fitted[0].nic  # type: ignore[assignment]
+    nic = LinearPort(latency_s=network.latency_s, bandwidth_Bps=network.bandwidth_Bps)
+    if isinstance(deepep, Ports) and deepep.nic is not None and network.name == "ib-ndr":
+        nic = deepep.nic
+        notes.append(f"all-to-all over {network.name}: DeepEP normal kernels, fitted on H800 with the same NIC")
     else:
-        notes.append(f"not calibrated: all-to-all over {cluster.network.name} is latency + bytes/bandwidth of its datasheet")
+        notes.append(f"not calibrated: all-to-all over {network.name} is latency + bytes/bandwidth of its profile")
     if cluster.oversubscription > 1:
-        notes.append(f"over-subscription {cluster.oversubscription:g}: every NIC is given 1/{cluster.oversubscription:g} of its bandwidth")
+        nic = replace(nic, bandwidth_Bps=nic.bandwidth_Bps / cluster.oversubscription)
+        notes.append(f"over-subscription {cluster.oversubscription:g}: every NIC gets 1/{cluster.oversubscription:g} of its bandwidth")
     return Ports(link=link, nic=nic), notes
-
-
-def _all_to_all(fits: Sequence[Fitted]) -> CollectiveCurve | None:
-    curves = [found for fit in fits if isinstance(found := collective(fit), CollectiveCurve) and found.op == "all_to_all"]
-    return max(curves, key=lambda curve: curve.ranks[1]) if curves else None

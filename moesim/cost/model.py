@@ -91,8 +91,11 @@ class CostModel:
             notes=tuple(dict.fromkeys([*notes, *port_notes, *weak])),
         )
 
-    def expert_times(self, slot_tokens_SLP: NDArray[np.float64], slots_G: NDArray[np.integer]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """compute_s_SLG and extrapolated_SLG of tokens per physical slot; devices own consecutive slots."""
+    def expert_times(
+        self, slot_tokens_SLP: NDArray[np.float64], tokens_SLG: NDArray[np.float64], slots_G: NDArray[np.integer]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """compute_s_SLG and extrapolated_SLG of tokens per physical slot and distinct tokens per device; devices own
+        consecutive slots."""
         steps, layers, _ = slot_tokens_SLP.shape
         times = np.zeros((steps, layers, len(slots_G)))
         outside = np.zeros(times.shape, bool)
@@ -113,6 +116,7 @@ class CostModel:
                 top_k=self.model.top_k,
                 peak=self.peaks[name],
                 kernel=self.kernels[name],
+                tokens_N=tokens_SLG[:, :, members].reshape(-1),
             )
             times[:, :, members] = found.time_s_N.reshape(steps, layers, -1)
             outside[:, :, members] = found.extrapolated_N.reshape(steps, layers, -1)
@@ -130,7 +134,7 @@ class CostModel:
 
     def layer_times(self, traffic: Traffic, placement: Placement) -> LayerTimes:
         """Dispatch, expert computation of each device, and combine, for every step and layer of a traffic."""
-        compute, outside = self.expert_times(traffic.slot_tokens_SLP, placement.slots_G)
+        compute, outside = self.expert_times(traffic.slot_tokens_SLP, traffic.copies_SLGG.sum(axis=2), placement.slots_G)
         return LayerTimes(
             dispatch=self.exchange(traffic.copies_SLGG, traffic.node_copies_SLGN, self.dispatch_B),
             combine=self.exchange(traffic.copies_SLGG, traffic.node_copies_SLGN, self.combine_B),
@@ -138,20 +142,19 @@ class CostModel:
             extrapolated_SLG=outside,
         )
 
-    def weights(self, load_LE: NDArray[np.number], *, tokens_per_device: int) -> Weights:
+    def weights(self, *, tokens_per_device: int) -> Weights:
         """Slopes of the layer time around an evenly loaded cluster with uniform traffic, by finite differences."""
         cluster, model = self.cluster, self.model
         devices, nodes = cluster.size, cluster.nodes
         total = tokens_per_device * devices
-        share_E = np.asarray(load_LE, np.float64).sum(axis=0)
-        share_E = share_E / share_E.sum()
         fan = float(min(devices, devices * (1 - (1 - 1 / devices) ** model.top_k)))
         node_fan = float(min(nodes, nodes * (1 - (1 - 1 / nodes) ** model.top_k)))
 
         def compute_s(ratio: float) -> float:
             slots = max(1, model.experts // devices)
             tokens = np.full((1, 1, slots * devices), total * model.top_k / (slots * devices)) * ratio
-            return float(self.expert_times(tokens, np.full(devices, slots))[0].max())
+            arriving = np.full((1, 1, devices), tokens_per_device * fan * ratio)
+            return float(self.expert_times(tokens, arriving, np.full(devices, slots))[0].max())
 
         def exchange_s(fan: float, node_fan: float) -> float:
             copies = np.full((1, 1, devices, devices), tokens_per_device * fan / devices)

@@ -63,7 +63,7 @@ class DispatchTable:
 
 def dispatch_table(placement: Placement, node_G: NDArray[np.integer]) -> DispatchTable:
     """Table of the placement's dispatch rule on devices in nodes `node_G`."""
-    layers, experts = placement.replicas_LE.shape
+    layers = len(placement.layers)
     order = np.argsort(placement.slots_LP, axis=1, kind="stable").astype(np.int32)  # slots by expert, lowest first
     ends = np.cumsum(placement.replicas_LE, axis=1, dtype=np.int32)
     base = (np.arange(layers, dtype=np.int32) * order.shape[1])[:, None]
@@ -126,7 +126,12 @@ def _kernel() -> Any:
 
 
 def route(
-    experts_TLK: NDArray[np.uint16], placement: Placement, node_G: NDArray[np.integer], *, ends_S: NDArray[np.integer] | None = None, tokens_per_step: float | None = None
+    experts_TLK: NDArray[np.uint16],
+    placement: Placement,
+    node_G: NDArray[np.integer],
+    *,
+    ends_S: NDArray[np.integer] | None = None,
+    tokens_per_step: float | None = None,
 ) -> Traffic:
     """Traffic of T tokens under a placement; step s is the tokens before `ends_S[s]` (rising, to T; default: one step).
 

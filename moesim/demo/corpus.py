@@ -1,10 +1,10 @@
 """Text that every installation has, in clearly different domains. Bytes are the tokens, so no tokenizer is needed.
 
-    python    source code of the standard library
-    english   prose of the Python documentation topics and docstrings
-    cpp       C++ headers that ship with torch
-    unicode   names of characters, script by script
-    metrics   font metric tables that ship with matplotlib
+python    source code of the standard library
+english   prose of the Python documentation topics and docstrings
+cpp       C++ headers that ship with torch
+unicode   names of characters, script by script
+metrics   font metric tables that ship with matplotlib
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def train(
     model.to(device).train()
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak_lr, total_steps=steps, pct_start=0.1)
+    warm = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm, 0.05 + 0.95 * (steps - step) / (steps - warm + 1)))
     losses = []
     for step in range(steps):
         total = 0.0

@@ -49,7 +49,7 @@ class Cluster:
 
     @cached_property
     def weak_facts(self) -> tuple[str, ...]:
-        """"device: path = value (source)" of every number that nobody verified; shown in results."""
+        """ "device: path = value (source)" of every number that nobody verified; shown in results."""
         found: dict[str, None] = {}
         for device in dict.fromkeys(d.name for d in self.devices):
             first = next(d for d in self.devices if d.name == device)

@@ -122,7 +122,7 @@ def load_device(name: str | Path) -> Device:
         name=parsed.name,
         title=parsed.title,
         kind=parsed.kind,
-        flops=dict(parsed.compute.flops),
+        flops={str(dtype): rate for dtype, rate in parsed.compute.flops.items()},
         units=parsed.compute.units,
         cache_B=parsed.compute.cache,
         memories=tuple(Memory(name=m.name, capacity_B=m.capacity, bandwidth_Bps=m.bandwidth, channels=m.channels) for m in parsed.memories),

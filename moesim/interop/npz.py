@@ -30,10 +30,18 @@ def import_npz(source: Path, output: Path, *, model: ModelSpec | None, domain: s
     if model is None:
         experts = int(ids[~none].max(initial=0)) + 1
         model = ModelSpec(
-            name=source.stem, layers=layers, moe_layers=tuple(range(layers)), hidden=1, intermediate=1, experts=experts, top_k=width, source=str(source.name)
+            name=source.stem,
+            layers=layers,
+            moe_layers=tuple(range(layers)),
+            hidden=1,
+            intermediate=1,
+            experts=experts,
+            top_k=width,
+            source=str(source.name),
         )
         notes.append(
-            f"no --model: took {layers} layers x {experts} experts from the ids, with hidden and expert width 1; predicted times mean nothing until a model is given"
+            f"no --model: took {layers} layers x {experts} experts from the ids, with hidden and expert width 1; "
+            "predicted times mean nothing until a model is given"
         )
     if layers != len(model.moe_layers):
         raise TraceError(f"{source}: ids have {layers} layers, {model.name!r} has {len(model.moe_layers)} MoE layers; give the right --model")
@@ -89,6 +97,8 @@ def _load(source: Path) -> dict[str, NDArray[Any]]:
     if "weights" in arrays and not np.isfinite(arrays["weights"]).all():
         raise TraceError(f"{source}: weights hold NaN or infinity; record them again or leave them out")
     lengths = arrays.get("seqlens")
-    if lengths is not None and (lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer) or (lengths < 1).any() or lengths.sum() != len(ids)):
+    if lengths is not None and (
+        lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer) or (lengths < 1).any() or lengths.sum() != len(ids)
+    ):
         raise TraceError(f"{source}: seqlens must be whole numbers >= 1 that add up to {len(ids)} tokens")
     return arrays

@@ -104,7 +104,7 @@ class Problem:
     @cached_property
     def weights(self) -> Weights:
         """Seconds per layer that one unit of load ratio, device fan-out and node fan-out cost, from the cost model."""
-        return self.cost.weights(self.stats.load_LE, tokens_per_device=self.tokens_per_device)
+        return self.cost.weights(tokens_per_device=self.tokens_per_device)
 
     def placement(self, slots_LP: NDArray[np.integer]) -> Placement:
         """Placement of this problem from a solver's slots; raises PlanError when it is invalid."""

@@ -127,7 +127,7 @@ class Migration:
     def __len__(self) -> int:
         return len(self.moves_M4)
 
-    def bytes_GG(self, expert_B: float) -> NDArray[np.float64]:  # noqa: N802 - shape suffix
+    def bytes_GG(self, expert_B: float) -> NDArray[np.float64]:
         """Bytes from each device to each other one, for experts of `expert_B` bytes."""
         matrix = np.zeros((self.devices, self.devices))
         np.add.at(matrix, (self.moves_M4[:, 2], self.moves_M4[:, 3]), expert_B)
@@ -150,6 +150,6 @@ def _whole(values: ArrayLike, what: str) -> NDArray[np.int32]:
 
 
 def _frozen(array: NDArray[np.integer]) -> NDArray[np.int32]:
-    array = np.ascontiguousarray(array, np.int32)
-    array.setflags(write=False)
-    return array
+    frozen = np.ascontiguousarray(array, np.int32)
+    frozen.setflags(write=False)
+    return frozen

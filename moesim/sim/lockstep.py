@@ -54,7 +54,9 @@ def simulate(
     if weight > 2:
         notes.append(f"the trace holds fewer tokens than one step needs: every token stands for {weight:.3g}")
     if outside:
-        notes.append(f"extrapolated: {outside} of {2 * steps * len(placement.layers)} layer computations and exchanges lie outside the calibrated range")
+        notes.append(
+            f"extrapolated: {outside} of {2 * steps * len(placement.layers)} layer computations and exchanges lie outside the calibrated range"
+        )
     dispatch, compute, combine, load = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Result(
         name=plan.name,

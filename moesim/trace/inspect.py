@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def inspect(trace: Trace) -> Inspection:
         load_by_domain={name: loads[name] for name in names},
         drift_DD=drift,
         step_edges=edges,
-        drift_over_steps=np.asarray([drift_bits(a, b) for a, b in zip(tenths, tenths[1:], strict=False)]),
+        drift_over_steps=np.asarray([drift_bits(a, b) for a, b in pairwise(tenths)]),
         empty_selections=empty,
         repeated_share=repeated / max(total.tokens, 1),
     )

@@ -44,7 +44,7 @@ class TraceStats:
     @classmethod
     def from_experts(cls, experts_TLK: NDArray[np.integer], model: ModelSpec) -> TraceStats:
         """Statistics of tokens in memory; 65535 is no selection."""
-        tokens, layers, width = experts_TLK.shape
+        tokens, layers, _ = experts_TLK.shape
         size = model.experts + 1  # one more row gathers "no selection" and is cut off
         ids = np.where(experts_TLK == NO_EXPERT, model.experts, experts_TLK).astype(np.int64)
         load = np.empty((layers, model.experts), np.int64)
@@ -80,7 +80,7 @@ class TraceStats:
     def skew_L(self) -> NDArray[np.float64]:
         """Hottest expert over the mean expert, per layer; 1 is perfect balance."""
         mean = self.load_LE.mean(axis=1)
-        return np.divide(self.load_LE.max(axis=1), mean, out=np.ones_like(mean), where=mean > 0)
+        return np.asarray(np.divide(self.load_LE.max(axis=1), mean, out=np.ones_like(mean), where=mean > 0))
 
     @cached_property
     def affinity_bits(self) -> NDArray[np.float64]:
@@ -96,7 +96,7 @@ class TraceStats:
             plug_in = np.nansum(np.where(p > 0, p * np.log2(p / outer), 0.0), axis=(1, 2))
         rows, columns = (p.sum(2) > 0).sum(1), (p.sum(1) > 0).sum(1)
         bias = (rows - 1) * (columns - 1) / (2 * np.maximum(self.tokens, 1) * np.log(2))
-        return np.maximum(plug_in - bias, 0.0)
+        return np.asarray(np.maximum(plug_in - bias, 0.0))
 
 
 def drift_bits(load_LE: NDArray[np.number], other_LE: NDArray[np.number]) -> NDArray[np.float64]:
@@ -105,4 +105,4 @@ def drift_bits(load_LE: NDArray[np.number], other_LE: NDArray[np.number]) -> NDA
     middle = (p + q) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = [np.where(x > 0, x * np.log2(x / middle), 0.0).sum(axis=1) for x in (p, q)]
-    return np.maximum((terms[0] + terms[1]) / 2, 0.0)
+    return np.asarray(np.maximum((terms[0] + terms[1]) / 2, 0.0))

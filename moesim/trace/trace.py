@@ -250,7 +250,8 @@ def _numpy(column: Any) -> NDArray[Any]:
 
     if pa.types.is_dictionary(column.type):
         names = np.asarray(column.dictionary.to_pylist() or [""], dtype=object)
-        return names[column.indices.to_numpy(zero_copy_only=False)].astype(str)
+        texts: NDArray[Any] = names[column.indices.to_numpy(zero_copy_only=False)].astype(str)
+        return texts
     return np.asarray(column.to_numpy(zero_copy_only=False))
 
 

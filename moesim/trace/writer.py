@@ -172,7 +172,7 @@ class TraceWriter:
                     compression="zstd",
                     # expert ids: few distinct values, so dictionary indices of ceil(log2 E) bits; weights: bytes split by significance
                     use_dictionary=[leaf for leaf in leaves if leaf not in weights],
-                    column_encoding={column: "BYTE_STREAM_SPLIT" for column in weights} or None,
+                    column_encoding=dict.fromkeys(weights, "BYTE_STREAM_SPLIT") or None,
                     write_statistics=False,
                     row_group_size=1 << 17,
                 )
@@ -198,7 +198,9 @@ class TraceWriter:
             self._pending = [pa.record_batch([pa.array([], field.type) for field in self._schema], schema=self._schema)]
             self.flush()
         name = MANIFEST if self.rank == 0 else f"manifest-{self.rank:05d}.json"
-        write_json(self.path / name, {"format_version": FORMAT_VERSION, "rank": self.rank, "rows": self.rows_written, "parts": self._digests, **notes})
+        write_json(
+            self.path / name, {"format_version": FORMAT_VERSION, "rank": self.rank, "rows": self.rows_written, "parts": self._digests, **notes}
+        )
         self._closed = True
 
     def __enter__(self) -> Self:

@@ -26,17 +26,28 @@ class ExpertWeights:
         experts, wide, hidden = self.up.shape
         width = wide // 2 if self.gated else wide
         if tuple(self.down.shape) != (experts, hidden, width):
-            raise ValidationError(f"down weights {tuple(self.down.shape)} do not fit up weights {tuple(self.up.shape)}; expected {(experts, hidden, width)}")
+            raise ValidationError(
+                f"down weights {tuple(self.down.shape)} do not fit up weights {tuple(self.up.shape)}; expected {(experts, hidden, width)}"
+            )
 
     @classmethod
     def random(
-        cls, *, experts: int, hidden: int, intermediate: int, gated: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+        cls,
+        *,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        gated: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        seed: int = 0,
     ) -> ExpertWeights:
         """Normal weights scaled to keep activations near one, at distinct addresses."""
         source = torch.Generator(device=device).manual_seed(seed)
 
         def draw(rows: int, columns: int) -> Tensor:
-            return (torch.randn(experts, rows, columns, generator=source, device=device) / columns**0.5).to(dtype)
+            normal: Tensor = torch.randn(experts, rows, columns, generator=source, device=device)
+            return torch.div(normal, columns**0.5).to(dtype)
 
         return cls(up=draw((2 if gated else 1) * intermediate, hidden), down=draw(hidden, intermediate), gated=gated)
 
@@ -72,7 +83,7 @@ def _activate(up: Tensor, gated: bool) -> Tensor:
 def _loop(rows_NH: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
     """One pair of GEMMs per active expert."""
     pieces = []
-    for expert, rows in enumerate(rows_NH.split(counts_E.tolist())):
+    for expert, rows in enumerate(torch.split(rows_NH, counts_E.tolist())):
         if len(rows):
             pieces.append(_activate(rows @ weights.up[expert].T, weights.gated) @ weights.down[expert].T)
     return torch.cat(pieces) if pieces else rows_NH.new_zeros(0, weights.down.shape[1])

@@ -43,10 +43,16 @@ class Share:
 
 
 def shares(
-    placement: Placement, experts_TLK: NDArray[np.uint16], gates_TLK: NDArray[np.floating], *, node_G: NDArray[np.integer], plan: int = 0, device: str = "cpu"
+    placement: Placement,
+    experts_TLK: NDArray[np.uint16],
+    gates_TLK: NDArray[np.floating],
+    *,
+    node_G: NDArray[np.integer],
+    plan: int = 0,
+    device: str = "cpu",
 ) -> list[Share]:
     """The shares of all ranks and layers for a batch, by the placement's own dispatch rule."""
-    tokens, layers, width = experts_TLK.shape
+    tokens, layers, _ = experts_TLK.shape
     table = dispatch_table(placement, node_G)
     source = np.arange(tokens) * placement.devices // tokens
     row = np.minimum(source, table.start_LGE.shape[1] - 1)[:, None]
@@ -88,7 +94,9 @@ def same_output(parts: Sequence[Tensor], whole: Tensor, *, tolerance: float = 1e
     """
     deviation = float((torch.stack(list(parts)).sum(0) - whole).abs().max() / whole.abs().max().clamp_min(1e-20))
     if not deviation <= tolerance:
-        raise ValidationError(f"outputs differ from the unplaced layer by {deviation:.2e} (limit {tolerance:.0e}); the placement moved tokens to wrong experts")
+        raise ValidationError(
+            f"outputs differ from the unplaced layer by {deviation:.2e} (limit {tolerance:.0e}); the placement moved tokens to wrong experts"
+        )
     return deviation
 
 
@@ -101,28 +109,43 @@ def measure(
     flush_B: int = 0,
     progress: Callable[[float, str], None] = lambda share, what: None,
 ) -> NDArray[np.float64]:
-    """Seconds of each call, [calls, repeats]. Calls are interleaved in random order, so that drift of clocks or load hits
-    all alike; each is warmed up once; `flush_B` bytes are written between calls so that caches hold nobody's weights."""
+    """Seconds of each call, [calls, repeats].
+
+    Calls are interleaved in random order, so that drift of clocks or load hits all alike, and warmed up once each.
+    `flush_B` bytes are written between calls so that caches hold nobody's weights. On CUDA the time between two events;
+    on CPU one thread's processor time, which other programs on the machine do not inflate.
+    """
     rng = np.random.default_rng(seed)
-    cuda = device.startswith("cuda")
+    timed = _cuda_seconds if device.startswith("cuda") else _thread_seconds
     scratch = torch.empty(max(flush_B, 8) // 4, dtype=torch.float32, device=device)
-    for call in calls:
-        call()
     times = np.zeros((len(calls), repeats))
-    for repeat in range(repeats):
-        for index in rng.permutation(len(calls)):
-            if flush_B:
-                scratch.add_(1.0)
-            if cuda:
-                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                calls[index]()
-                stop.record()
-                stop.synchronize()
-                times[index, repeat] = start.elapsed_time(stop) / 1e3
-            else:
-                begin = time.perf_counter()
-                calls[index]()
-                times[index, repeat] = time.perf_counter() - begin
-        progress((repeat + 1) / repeats, "")
+    threads = torch.get_num_threads()
+    try:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        for call in calls:
+            call()
+        for repeat in range(repeats):
+            for index in rng.permutation(len(calls)):
+                if flush_B:
+                    scratch.add_(1.0)
+                times[index, repeat] = timed(calls[index])
+            progress((repeat + 1) / repeats, "")
+    finally:
+        torch.set_num_threads(threads)
     return times
+
+
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
+
+
+def _thread_seconds(call: Callable[[], object]) -> float:
+    begin = time.thread_time()
+    call()
+    return time.thread_time() - begin

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from moesim.errors import InputError
+from moesim.optimize import Capability, Problem, Progress, Solution, Status
 from numpy.typing import ArrayLike, NDArray
 
 from moesim_solvers.placement.jit import compiled
@@ -144,3 +145,19 @@ def _check(weight_LE: Floats, replicas: int, groups: int, nodes: int, devices: i
     for what, total, by, parts in divides:
         if total % parts:
             raise InputError(f"{what}={total} is not a multiple of {by}={parts}; choose counts that divide")
+
+
+class Eplb:
+    """DeepSeek's EPLB, bit for bit: balances loads, packs expert groups into nodes where they divide."""
+
+    name = "eplb"
+    solves = "placement"
+    capabilities = frozenset({Capability.REPLICATION, Capability.NODES})
+    requires: tuple[str, ...] = ("numba",)
+
+    def solve(self, problem: Problem, *, seed: int, time_limit_s: float, progress: Progress) -> Solution:
+        """One deterministic pass; seed and time limit do not matter."""
+        slots_LP, _, _ = rebalance_experts(
+            problem.load_LE, problem.slots, problem.model.expert_groups, problem.cluster.nodes, problem.cluster.size
+        )
+        return Solution(status=Status.FEASIBLE, placement=problem.placement(slots_LP), seed=seed)

@@ -28,7 +28,7 @@ MOVES_PER_SLOT = 6000
 ROUNDS = 3
 CHUNK = 20_000  # moves between two looks at the clock, about 10 ms
 HOT, COLD = 0.5, 0.1  # temperatures, in typical changes of cost by a random move
-SOFT, FIRM = 1.0, 10.0  # price of exceeding a load limit during annealing, in prices of one device per token
+SOFT, FIRM = 3.0, 10.0  # price of exceeding a load limit during annealing, in prices of one device per token
 STRICT = 1000.0  # the same in the end: first keep the limit, then save travel
 
 Progress = Callable[[float, float], None]
@@ -64,7 +64,7 @@ def search_slots(
     fanout: float = 1.0,
     node_fanout: float = 0.0,
     load_slack: float | None = None,
-    drift: float = 1.0,
+    drift: float = 1.5,
     seed: int = 0,
     time_limit_s: float = math.inf,
     threads: int | None = None,

@@ -1,0 +1,29 @@
+"""`moesim capture`: record the routing of any script, unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NAME = "capture"
+EPILOG = (
+    "Examples: moesim capture -o traces/run1 -- train.py --steps 100 · moesim capture -o traces/run1 -- -m package.module · "
+    "moesim capture -o traces/run1 -- torchrun --nproc-per-node 2 train.py"
+)
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(help="The script and its arguments, after `--`; `-m module` works too.", metavar="SCRIPT ARGS…")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The trace directory to write.")],
+    domain: Annotated[str, typer.Option("--domain", help="Label of the text the script processes.")] = "",
+    every: Annotated[int, typer.Option("--every", min=1, help="Record every n-th step.")] = 1,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Stop recording after about this many tokens.")] = None,
+    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Store gate weights beside expert ids.")] = True,
+) -> None:
+    """Run a training or inference script and record which experts every token chooses."""
+    from moesim.capture.run import run_script
+
+    status = run_script(command, output, domain=domain, every=every, max_tokens=max_tokens, weights=weights)
+    raise typer.Exit(status)

@@ -1,0 +1,199 @@
+"""Runs tasks on streams: per device compute and copy engines, and the streams of collectives that all devices share.
+
+A collective keeps the communication streams of all devices in step, so one stream stands for theirs. A stream runs one
+task at a time, the most urgent first. Collectives may take part of the devices' compute (`sm_share`) and may share
+links (`Fabric`). One SimPy event ends one task: cost grows with tasks, never with tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
+
+import simpy
+from simpy.events import Timeout
+
+from moesim.errors import SimulationError
+from moesim.sim.fabric import Fabric
+from moesim.sim.tasks import Block, Task, check_acyclic
+
+
+class Stream:
+    """One queue: `task` runs, `queue` waits as (priority, turn, task)."""
+
+    __slots__ = ("busy_s", "free_at", "last", "name", "pausing", "queue", "task")
+
+    def __init__(self, name: tuple[str, int]) -> None:
+        self.name = name
+        self.task: Task | None = None
+        self.queue: list[tuple[int, int, Task]] = []
+        self.busy_s = 0.0
+        self.free_at = 0.0
+        self.last: Task | None = None
+        self.pausing = False
+
+
+class Runner:
+    """Pulls blocks from a program as time reaches them, runs their tasks, and reports tasks and blocks as they end."""
+
+    def __init__(
+        self, fabric: Fabric, program: Iterator[Block], *, on_task: Callable[[Task], None], on_block: Callable[[Block], None]
+    ) -> None:
+        self.env: simpy.Environment = fabric.env
+        self.fabric = fabric
+        self.streams: dict[tuple[str, int], Stream] = {}
+        self.tasks = 0
+        self._program = program
+        self._on_task, self._on_block = on_task, on_block
+        self._turn = 0
+        self._speed = 1.0  # of compute, beside collectives
+        self._open: dict[int, tuple[Block, list[int]]] = {}  # id of a block's task → block and its unfinished count
+        self._unfinished: dict[int, Task] = {}
+        self._heads: set[int] = set()
+
+    def run(self) -> None:
+        """Run the program to its end; SimulationError names a task that can never start."""
+        self._admit()
+        self.env.run()
+        if self._unfinished:
+            stuck = next(iter(self._unfinished.values()))
+            if stuck.waiting > 0:
+                missing = [repr(task) for task in stuck.after if task.end < 0]
+                raise SimulationError(f"nothing can progress at {self.env.now:g} s: {stuck} waits for {missing[0]}, which never ends; admit it or remove the dependency")
+            raise SimulationError(f"nothing can progress at {self.env.now:g} s: {stuck} never ends")
+
+    def _admit(self) -> None:
+        block = next(self._program, None)
+        if block is None:
+            return
+        check_acyclic(block.tasks)
+        count = [len(block.tasks)]
+        self._heads.add(id(block.tasks[0]))
+        for task in block.tasks:
+            self._unfinished[id(task)] = task
+            self._open[id(task)] = (block, count)
+            waiting, latest = 0, None
+            for other in task.after:
+                if other.end < 0:
+                    other.next.append(task)
+                    waiting += 1
+                elif latest is None or other.end > latest.end:
+                    latest = other
+            task.waiting = waiting
+            task.cause = latest
+        for task in block.tasks:
+            if task.waiting == 0 and task.start < 0:
+                self._ready(task)
+
+    def _ready(self, task: Task) -> None:
+        key = (task.stream, task.device)
+        stream = self.streams.get(key)
+        if stream is None:
+            stream = self.streams[key] = Stream(key)
+        self._turn += 1
+        task.turn = self._turn
+        if stream.task is None:
+            self._start(stream, task)
+        else:
+            heappush(stream.queue, (task.priority, task.turn, task))
+            running = stream.task
+            if running.chunk_s > 0 and running.end < 0 and task.priority < running.priority and not stream.pausing and running.load_K is None:
+                self._pause(stream, running)
+
+    def _start(self, stream: Stream, task: Task) -> None:
+        env = self.env
+        now = env.now
+        stream.task = task
+        if task.start < 0:
+            if stream.last is not None and (task.cause is None or stream.last.end > task.cause.end):
+                task.cause = stream.last
+            task.start = now
+            task.idle_since = stream.free_at
+            if id(task) in self._heads:
+                self._heads.discard(id(task))
+                self._admit()
+        task.since = now
+        if task.sm_share:
+            self._slow(-task.sm_share)
+        if task.load_K is not None and task.load_K.max(initial=0.0) > 0:
+            self.fabric.send(task.load_K, lambda: self._end(stream, task), least_s=task.work_s)
+            return
+        rate = self._speed if task.stream == "compute" else 1.0
+        task.event = event = Timeout(env, task.left_s / rate, task)
+        event.callbacks.append(self._fire)
+
+    def _fire(self, event: simpy.Event) -> None:
+        task: Task = event._value
+        if task.event is event:
+            stream = self.streams[task.stream, task.device]
+            if stream.pausing:
+                self._yield(stream, task)
+            else:
+                self._end(stream, task)
+
+    def _end(self, stream: Stream, task: Task) -> None:
+        now = self.env.now
+        task.end = now
+        task.event = None
+        task.after = ()
+        stream.busy_s += now - task.since
+        stream.free_at = now
+        stream.last = task
+        self.tasks += 1
+        if task.sm_share:
+            self._slow(task.sm_share)
+        for follower in task.next:
+            follower.waiting -= 1
+            if follower.waiting == 0:
+                follower.cause = task
+                self._ready(follower)
+        task.next = []
+        stream.task = None  # only now, so that the most urgent of all that are ready goes next
+        if stream.queue:
+            self._start(stream, heappop(stream.queue)[2])
+        self._on_task(task)
+        del self._unfinished[id(task)]
+        block, count = self._open.pop(id(task))
+        count[0] -= 1
+        if not count[0]:
+            self._on_block(block)
+
+    def _pause(self, stream: Stream, task: Task) -> None:
+        """Let a task end its current chunk, if one follows it."""
+        done = self.env.now - task.since
+        boundary = max(1, math.ceil(done / task.chunk_s - 1e-9)) * task.chunk_s
+        if boundary < task.left_s * (1 - 1e-9):
+            stream.pausing = True
+            task.event = event = Timeout(self.env, max(0.0, boundary - done), task)
+            event.callbacks.append(self._fire)
+
+    def _yield(self, stream: Stream, task: Task) -> None:
+        now = self.env.now
+        stream.pausing = False
+        stream.busy_s += now - task.since
+        stream.free_at = now
+        task.left_s -= now - task.since
+        task.event = None
+        if task.sm_share:
+            self._slow(task.sm_share)
+        heappush(stream.queue, (task.priority, task.turn, task))
+        stream.task = None
+        self._start(stream, heappop(stream.queue)[2])
+
+    def _slow(self, change: float) -> None:
+        """Compute speeds up or slows down; running tasks keep what they have done."""
+        before, now = self._speed, self.env.now
+        self._speed = before + change
+        if self._speed <= 1e-9:
+            raise SimulationError(f"collectives running at {now:g} s take all compute of the devices; give them a smaller sm_share")
+        if abs(self._speed - 1) < 1e-12:
+            self._speed = 1.0
+        for stream in self.streams.values():
+            task = stream.task
+            if task is not None and stream.name[0] == "compute" and task.event is not None:
+                task.left_s = max(0.0, task.left_s - (now - task.since) * before)
+                stream.busy_s += now - task.since
+                task.since = now
+                task.event = event = Timeout(self.env, task.left_s / self._speed, task)
+                event.callbacks.append(self._fire)

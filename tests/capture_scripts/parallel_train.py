@@ -1,0 +1,48 @@
+"""Trains a small MoE with DDP, then with FSDP2, and captures both; run by torchrun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from capture_scripts.tiny import TinyMoE, adapt, tiny_spec, tokens
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from moesim.capture import capture
+
+STEPS = 3
+
+
+def run(model: Any, out: Path) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with capture(model, out, model_spec=tiny_spec()) as recorder:
+        for step in range(STEPS):
+            recorder.step(step)
+            model(tokens(100 * dist.get_rank() + step)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def main(root: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    adapt()
+    torch.manual_seed(0)
+    run(DistributedDataParallel(TinyMoE()), root / "ddp")
+    torch.manual_seed(0)
+    model = TinyMoE()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    run(model, root / "fsdp")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

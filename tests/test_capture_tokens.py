@@ -1,0 +1,108 @@
+"""Which token a row of a router belongs to: sequences, positions, padding, packing, decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesim.capture.tokens import Forward, Sequences, token_columns
+
+
+def forward(batch: int, length: int, **facts: Any) -> Forward:
+    values = {"stream": 0, "step": 3, "microbatch": 1, "domain": "d", "training": True, "past": 0, "prompt": 0}
+    return Forward(batch=batch, length=length, **(values | facts))
+
+
+documents = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@given(documents, st.integers(0, 3), st.booleans())
+def test_packed_documents_get_their_own_sequence_and_position_behind_any_padding(rows: list[list[int]], pad: int, left: bool) -> None:
+    length = max(sum(row) for row in rows) + pad
+    mask, position = np.zeros((len(rows), length), int), np.ones((len(rows), length), int)
+    expected = []
+    for b, row in enumerate(rows):
+        start = length - sum(row) if left else 0
+        for doc, size in enumerate(row):
+            mask[b, start : start + size] = 1
+            position[b, start : start + size] = np.arange(size)
+            expected += [((b, doc), p) for p in range(size)]
+            start += size
+    columns, matched = token_columns(forward(len(rows), length), {"mask": mask, "position": position}, len(rows) * length, Sequences())
+    valid = columns["valid"]
+    assert matched
+    assert int(valid.sum()) == len(expected)
+    names = {key: n for n, key in enumerate(dict.fromkeys(key for key, _ in expected))}
+    assert columns["sequence"][valid].tolist() == [names[key] for key, _ in expected]
+    assert columns["position"][valid].tolist() == [p for _, p in expected]
+    assert (columns["sequence"][~valid] == -1).all()
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_cumulative_lengths_say_the_same_as_position_ids(sizes: list[int]) -> None:
+    total = sum(sizes)
+    position = np.concatenate([np.arange(size) for size in sizes])[None]
+    by_position, _ = token_columns(forward(1, total), {"position": position}, total, Sequences())
+    by_bounds, _ = token_columns(forward(1, total), {"bounds": np.cumsum([0, *sizes])}, total, Sequences())
+    for name in ("sequence", "position", "valid"):
+        np.testing.assert_array_equal(by_position[name], by_bounds[name])
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 4))
+def test_decode_steps_continue_the_sequences_of_their_prompt(batch: int, prompt: int, steps: int, pads: int) -> None:
+    sequences, rng = Sequences(), np.random.default_rng(batch)
+    length = prompt + pads
+    mask = np.ones((batch, length), int)
+    for b in range(batch):
+        mask[b, : rng.integers(0, pads + 1)] = 0
+    seen: list[tuple[int, int]] = []
+    for call in range(2):  # a second prompt must not continue the first
+        columns, _ = token_columns(forward(batch, length, training=False, prompt=call), {"mask": mask}, batch * length, sequences)
+        assert columns["phase"] == "prefill"
+        first = columns["sequence"].reshape(batch, length)[:, -1]
+        seen += zip(columns["sequence"][columns["valid"]].tolist(), columns["position"][columns["valid"]].tolist(), strict=True)
+        for step in range(steps):
+            grown = np.concatenate([mask, np.ones((batch, step + 1), int)], axis=1)
+            now = forward(batch, 1, training=False, past=length + step, prompt=call)
+            columns, _ = token_columns(now, {"mask": grown}, batch, sequences)
+            assert columns["phase"] == "decode"
+            assert columns["valid"].all()
+            np.testing.assert_array_equal(columns["sequence"], first)
+            seen += zip(columns["sequence"].tolist(), columns["position"].tolist(), strict=True)
+    assert len(set(seen)) == len(seen)
+
+
+def test_rows_of_a_sequence_first_layout_are_named_transposed() -> None:
+    token = np.arange(6).reshape(2, 3)
+    columns, _ = token_columns(forward(2, 3, sequence_first=True), {"token_id": token}, 6, Sequences())
+    assert columns["token_id"].tolist() == [0, 3, 1, 4, 2, 5]
+    assert columns["sequence"].tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_rows_without_padding_are_matched_to_the_tokens_that_are_left() -> None:
+    mask = np.array([[0, 1, 1], [1, 1, 0]])
+    columns, matched = token_columns(forward(2, 3), {"mask": mask, "token_id": np.arange(6).reshape(2, 3)}, 4, Sequences())
+    assert matched
+    assert columns["token_id"].tolist() == [1, 2, 3, 4]
+    assert columns["valid"].all()
+
+
+def test_rows_that_fit_no_token_are_kept_and_said_to_be_unmatched() -> None:
+    columns, matched = token_columns(forward(2, 3), {}, 5, Sequences())
+    assert not matched
+    assert columns["sequence"] == -1
+    assert columns["position"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_one_domain_for_each_sequence() -> None:
+    columns, _ = token_columns(forward(2, 2, domain=("a", "b")), {}, 4, Sequences())
+    assert columns["domain"].tolist() == ["a", "a", "b", "b"]
+
+
+def test_a_length_on_the_device_decides_position_and_phase() -> None:
+    columns, _ = token_columns(forward(2, 1, training=False, past=1), {"past": np.array(7)}, 2, Sequences())
+    assert columns["phase"] == "decode"
+    assert columns["position"].tolist() == [7, 7]
