@@ -97,7 +97,7 @@ def test_captured_choice_and_weights_are_those_the_experts_got(kind: str, tmp_pa
     assert len(expected) == len(layers)
     assert recorder.tokens == sum(x.numel() for x in inputs.values())
     batches = list(trace.batches(weights=True, columns=["token_id"]))
-    experts_TLK, weights_TLK = (np.concatenate([getattr(b, name) for b in batches]) for name in ("experts_TLK", "weights_TLK"))  # noqa: N806
+    experts_TLK, weights_TLK = (np.concatenate([getattr(b, name) for b in batches]) for name in ("experts_TLK", "weights_TLK"))
     begin = 0
     for index, (ids, weights) in enumerate(expected):
         rows = slice(0, len(ids)) if len(inputs) == 1 else slice(begin, begin + len(ids))

@@ -179,7 +179,7 @@ def test_sampling_takes_whole_steps_and_stops_at_the_budget(tmp_path: Path) -> N
 @pytest.mark.parametrize(("how", "reentrant"), [("wrapped", None), ("wrapped", False), ("in place", None), ("layers", None)])
 def test_hooks_placed_before_compilation_record_every_layer(how: str, reentrant: bool | None, tmp_path: Path) -> None:
     model: Any = TinyMoE(2, reentrant=reentrant)
-    inputs = [tokens(i, 2, length) for i, length in enumerate((8, 5, 8))]
+    inputs = [tokens(i, 2, length) for i, length in enumerate((8, 5))]
     expected = np.concatenate([routing(model, x) for x in inputs])
     with capture(model, tmp_path / "t", model_spec=tiny_spec(2)) as recorder:
         if how == "wrapped":
@@ -192,7 +192,7 @@ def test_hooks_placed_before_compilation_record_every_layer(how: str, reentrant:
             recorder.step(i)
             run(x).sum().backward()
     np.testing.assert_array_equal(load_trace(tmp_path / "t").experts(), expected)
-    assert [step for (step,) in columns(tmp_path / "t", "step")] == [0] * 16 + [1] * 10 + [2] * 16
+    assert [step for (step,) in columns(tmp_path / "t", "step")] == [0] * 16 + [1] * 10
     run(inputs[0])  # the compiled code outlives the recorder and must not mind
 
 
@@ -330,6 +330,7 @@ def test_hooks_and_writer_cost_less_than_a_hundredth_of_a_training_step(tmp_path
     optimizer = torch.optim.AdamW(model.parameters())
     batch = torch.randint(0, 256, (8, 256))
     window, shares = 4, []
+    before = np.zeros(3)
     with capture(model, tmp_path / "t", part_rows=window * batch.numel()) as recorder:  # every window writes a part
         for step in range(3 * window + 2):
             if step % window == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,11 +60,20 @@ class CostModel:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, cluster: Cluster, model: ModelSpec, *, dtype: str | None = None, transport: Transport | None = None) -> CostModel:
+    def of(
+        cls,
+        cluster: Cluster,
+        model: ModelSpec,
+        *,
+        dtype: str | None = None,
+        transport: Transport | None = None,
+        measured: Mapping[str, tuple[ComputePeak, ExpertKernel]] | None = None,
+    ) -> CostModel:
         """Cost model from the cluster's profiles, for weights of `dtype` (default: what the checkpoint serves in).
 
         The transport defaults to `forwarded` where several equal nodes are joined by a network, else `flat`. Fitted
-        kernels are used where a profile has them; else a roofline at typical efficiency, and a note says so.
+        kernels are used where a profile has them; else a roofline at typical efficiency, and a note says so. `measured`
+        replaces peaks and kernel of devices by name with what a calibration of this machine found.
         """
         wanted = dtype or {8: "fp8", 32: "fp32"}.get(int(model.weight_bits), "bf16")
         sizes = np.unique(cluster.node_G, return_counts=True)[1]
@@ -73,11 +83,15 @@ class CostModel:
             raise InputError(f"transport 'forwarded' needs several equal nodes; {cluster.name!r} has nodes of {sizes.tolist()} devices: use 'flat'")
         peaks, kernels, notes = {}, {}, []
         for device in {d.name: d for d in cluster.devices}.values():
+            if measured and device.name in measured:
+                peaks[device.name], kernels[device.name] = measured[device.name]
+                notes.append(f"{device.name}: expert kernel {kernels[device.name].name} as calibrated on this machine")
+                continue
             peaks[device.name], peak_notes = device_peak(device, wanted)
             kernels[device.name], kernel_notes = device_kernel(device, wanted)
             notes += [*peak_notes, *kernel_notes]
         ports, port_notes = device_ports(cluster)
-        weak = [f"unverified input: {fact}" for fact in cluster.weak_facts]
+        weak = [f"unverified input: {fact}" for fact in cluster.weak_facts if not measured or fact.split(":")[0] not in measured]
         element_B = model.activation_bits / 8
         return cls(
             model=model,

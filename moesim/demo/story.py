@@ -15,17 +15,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.cost import CostModel
 from moesim.demo.corpus import load_corpus, split
 from moesim.demo.train import SEQUENCE, build_model, train
 from moesim.errors import ValidationError
 from moesim.hardware import Cluster
-from moesim.optimize import Problem, load_solver, place, score, solver_infos
+from moesim.optimize import Problem, place, score, solver_infos
 from moesim.plan import Plan
 from moesim.trace import NO_EXPERT, Trace, load_trace
 from moesim.trace.inspect import inspect
+from moesim.validate.calibrate import Calibration
+from moesim.validate.layer import ExpertWeights
+from moesim.validate.validate import calibrate_for, validate
 
 Progress = Callable[[float, str], None]
 HELD_OUT_WINDOWS = 24  # per domain: 3,072 tokens
+BATCH = 1536  # tokens of one step, simulated and executed: half of a domain's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +77,25 @@ def tell(
     say(f"captured {trace.tokens:,} held-out tokens of {len(corpus)} domains; {checked:,} expert ids equal those recomputed from the router's logits")
     inspection = inspect(trace)
     home = next(iter(corpus))
-    plans, comparison = _place(trace, cluster, home, seed=seed, progress=progress("placing"))
+    calibration = calibrate_for(
+        trace.model,
+        device=device,
+        resident=-(-trace.model.experts // cluster.size),
+        most_selections=BATCH * trace.model.top_k,
+        seed=seed + 1,
+        progress=progress("calibrating"),
+    )
+    here = {d.name for d in cluster.devices if d.kind == "cpu" == device}  # the cluster's ranks are cores of this machine
+    cost = CostModel.of(cluster, trace.model, measured=dict.fromkeys(here, (calibration.peak, calibration.fit.kernel)))
+    plans, comparison = _place(trace, cluster, home, cost, seed=seed, progress=progress("placing"))
     best = min(comparison["scored_on"][1]["plans"], key=lambda row: row["layer_time_s"])
     say(f"placed {trace.model.experts} experts on {cluster.name} with {len(plans)} solvers; fastest on unseen {home} tokens: {best['name']}")
 
-    validation = _validate(model, trace.select(domain=home).select(tokens="50%:"), plans, device=device, seed=seed, progress=progress("executing"))
+    validation = _validate(
+        model, trace.select(domain=home).select(tokens="50%:"), plans, calibration, device=device, seed=seed, progress=progress("executing")
+    )
     say(f"executed the real layer rank by rank: {validation['ranking']['verdict']}")
-    results = score(trace.select(domain=home).select(tokens="50%:"), plans, cluster, tokens_per_device=TOKENS_PER_DEVICE)
+    results = score(trace.select(domain=home).select(tokens="50%:"), plans, cluster, tokens_per_device=BATCH // cluster.size, cost=cost)
     document = {
         "schema_version": 1,
         "title": "A Mixture-of-Experts model, from training to a checked placement",
@@ -96,9 +113,6 @@ def tell(
         "seconds": round(time.perf_counter() - begin, 1),
     }
     return Told(document=document, plans=plans, trace=out / "trace")
-
-
-TOKENS_PER_DEVICE = 512
 
 
 def _train(
@@ -179,17 +193,15 @@ def check_capture(model: Any, texts: Mapping[str, NDArray[np.uint8]], trace: Tra
     return count
 
 
-def _place(trace: Trace, cluster: Cluster, home: str, *, seed: int, progress: Progress) -> tuple[list[Plan], dict[str, Any]]:
+def _place(trace: Trace, cluster: Cluster, home: str, cost: CostModel, *, seed: int, progress: Progress) -> tuple[list[Plan], dict[str, Any]]:
     """Learn on the first half of the home domain; score on both halves and on every other domain."""
     learn = trace.select(domain=home).select(tokens="0%:50%")
     others = [name for name in trace.tokens_by_domain if name != home]
-    problem = Problem.of(learn, cluster, tokens_per_device=TOKENS_PER_DEVICE)
+    problem = Problem.of(learn, cluster, tokens_per_device=BATCH // cluster.size, cost=cost)
     plans, solutions = [], []
     names = [info.name for info in solver_infos() if info.available and info.solves == "placement"]
     for index, name in enumerate(sorted(names, key=lambda name: (name != "linear", name))):
         progress(index / len(names), name)
-        if load_solver(name).solves != "placement":
-            continue
         plan, solution = place(problem, solver=name, seed=seed, time_limit_s=10.0, learnt_from=f"{learn.digest} ({learn.selection})")
         solutions.append(
             {
@@ -206,7 +218,7 @@ def _place(trace: Trace, cluster: Cluster, home: str, *, seed: int, progress: Pr
     progress(1.0, "")
 
     def part(label: str, kind: str, tokens: Trace) -> dict[str, Any]:
-        results = score(tokens, plans, cluster, tokens_per_device=TOKENS_PER_DEVICE, cost=problem.cost)
+        results = score(tokens, plans, cluster, tokens_per_device=BATCH // cluster.size, cost=cost)
         return {"label": label, "kind": kind, "tokens": tokens.tokens, "plans": [result.summary() for result in results]}
 
     scored = [
@@ -218,17 +230,16 @@ def _place(trace: Trace, cluster: Cluster, home: str, *, seed: int, progress: Pr
         "cluster": cluster.name,
         "cluster_title": cluster.title,
         "learnt_from": learn.selection,
-        "tokens_per_device": TOKENS_PER_DEVICE,
+        "tokens_per_device": BATCH // cluster.size,
         "scored_on": scored,
         "solutions": solutions,
     }
 
 
-def _validate(model: Any, trace: Trace, plans: Sequence[Plan], *, device: str, seed: int, progress: Progress) -> dict[str, Any]:
+def _validate(
+    model: Any, trace: Trace, plans: Sequence[Plan], calibration: Calibration, *, device: str, seed: int, progress: Progress
+) -> dict[str, Any]:
     """Execute the trained experts themselves under every plan."""
-    from moesim.validate import ExpertWeights, validate
-
     experts = {layer: model.model.layers[layer].mlp.experts for layer in trace.model.moe_layers}
     weights = {layer: ExpertWeights(up=module.gate_up_proj.detach(), down=module.down_proj.detach(), gated=True) for layer, module in experts.items()}
-    found: dict[str, Any] = validate(trace, plans, device=device, weights=weights, tokens=1536, repeats=11, seed=seed, progress=progress)
-    return found
+    return validate(trace, plans, device=device, weights=weights, calibration=calibration, tokens=BATCH, repeats=11, seed=seed, progress=progress)

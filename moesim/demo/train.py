@@ -33,6 +33,7 @@ def build_model(*, experts: int = 32, top_k: int = 4, layers: int = 4, hidden: i
         output_router_logits=True,
         max_position_embeddings=4 * SEQUENCE,
         tie_word_embeddings=True,
+        dtype="float32",
     )
     return Qwen3MoeForCausalLM(config)
 

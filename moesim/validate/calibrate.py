@@ -20,7 +20,7 @@ import torch
 from moesim.calibrate.kernel_tables import check_table
 from moesim.calibrate.kernels import KernelFit, fit_kernel
 from moesim.cost.experts import ComputePeak, ExpertKernel
-from moesim.errors import ValidationError
+from moesim.errors import InputError, ValidationError
 from moesim.validate.layer import Backend, ExpertWeights, moe_layer
 from moesim.validate.ranks import measure
 
@@ -126,9 +126,9 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def check_device(device: str) -> None:
-    """Raise ValidationError when the device cannot be used."""
+    """Raise InputError for an unknown device, ValidationError when the device is not here."""
     if device != "cpu" and not device.startswith("cuda"):
-        raise ValidationError(f"device {device!r} is unknown; use cpu or cuda")
+        raise InputError(f"device {device!r} is unknown; use cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValidationError("device 'cuda': torch sees no GPU here; use --device cpu, or run where nvidia-smi lists one")
 
@@ -192,7 +192,7 @@ def calibrate(
             selections = round(float(np.exp(rng.uniform(np.log(top_k), np.log(most_tokens)))))
             tokens = -(-selections // top_k)
             counts = rng.multinomial(tokens * top_k, rng.dirichlet(np.full(experts, np.exp(rng.uniform(-1.5, 3)))))
-            measured.append(_call(counts, hidden, weights, device, DTYPES[dtype]))
+            measured.append(_call(counts, tokens, hidden, weights, device, DTYPES[dtype]))
             rows.append(
                 {
                     "kernel_source": backend,
@@ -229,16 +229,16 @@ def calibrate(
     )
 
 
-def _call(counts: Any, hidden: int, weights: ExpertWeights, device: str, dtype: torch.dtype) -> Callable[[Backend], object]:
+def _call(counts: Any, tokens: int, hidden: int, weights: ExpertWeights, device: str, dtype: torch.dtype) -> Callable[[Backend], object]:
     total = int(counts.sum())
     order = torch.randperm(total, generator=torch.Generator().manual_seed(total))
     slots = torch.repeat_interleave(torch.arange(len(counts)), torch.as_tensor(counts))[order].to(device)
-    tokens = torch.arange(total, device=device)
+    rows = torch.arange(total, device=device) % tokens
     gates = torch.full((total,), 0.5, device=device)
-    inputs = torch.randn(total, hidden, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    inputs = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
     def call(backend: Backend) -> object:
         with torch.inference_mode():
-            return moe_layer(inputs, slots, tokens, gates, weights, backend=backend)
+            return moe_layer(inputs, slots, rows, gates, weights, backend=backend)
 
     return call

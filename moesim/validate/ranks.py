@@ -23,22 +23,23 @@ from moesim.validate.layer import Backend, ExpertWeights, moe_layer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Share:
-    """One rank's part of one layer and batch: which of its slots serve which tokens.
+    """One rank's part of one layer and batch: the distinct tokens it receives and which of its slots serve them.
 
-    counts_P is tokens per resident slot (the cost model's input); slots_N, tokens_N, gates_N feed `moe_layer`.
+    received_R are rows of the batch; slots_N, tokens_N (rows of received_R) and gates_N are its N selections.
     """
 
     plan: int
     layer: int
     rank: int
     experts: tuple[int, ...]  # logical expert of each resident slot
+    received_R: Tensor
     slots_N: Tensor
     tokens_N: Tensor
     gates_N: Tensor
 
     @property
     def counts_P(self) -> NDArray[np.int64]:
-        """Tokens of each resident slot."""
+        """Tokens of each resident slot: the cost model's input."""
         return np.bincount(self.slots_N.cpu().numpy(), minlength=len(self.experts))
 
 
@@ -68,6 +69,7 @@ def shares(
         first = np.cumsum(placement.slots_G) - placement.slots_G
         for rank in range(placement.devices):
             mine = chosen & (home == rank)
+            received, row_in_received = np.unique(token[mine], return_inverse=True)
             found.append(
                 Share(
                     plan=plan,
@@ -75,24 +77,28 @@ def shares(
                     rank=rank,
                     experts=tuple(placement.slots_LP[layer, first[rank] : first[rank] + placement.slots_G[rank]].tolist()),
                     slots_N=torch.as_tensor(slot[mine] - first[rank], dtype=torch.int64, device=device),
-                    tokens_N=torch.as_tensor(token[mine], device=device),
+                    received_R=torch.as_tensor(received, device=device),
+                    tokens_N=torch.as_tensor(row_in_received, device=device),
                     gates_N=torch.as_tensor(gates_TLK[:, layer][mine].astype(np.float32), device=device),
                 )
             )
     return found
 
 
-def run(share: Share, hidden_TH: Tensor, weights: ExpertWeights, backend: Backend) -> Tensor:
-    """Output of one rank: [T, H], to be summed over ranks."""
-    return moe_layer(hidden_TH, share.slots_N, share.tokens_N, share.gates_N, weights, backend=backend)
+def run(share: Share, hidden_RH: Tensor, weights: ExpertWeights, backend: Backend) -> Tensor:
+    """Output of one rank for the tokens it received: [R, H], to be added up over ranks by `same_output`."""
+    return moe_layer(hidden_RH, share.slots_N, share.tokens_N, share.gates_N, weights, backend=backend)
 
 
-def same_output(parts: Sequence[Tensor], whole: Tensor, *, tolerance: float = 1e-4) -> float:
-    """Largest relative deviation of the summed ranks from the unplaced layer; ValidationError above `tolerance`.
+def same_output(parts: Sequence[tuple[Share, Tensor]], whole: Tensor, *, tolerance: float = 1e-4) -> float:
+    """Largest relative deviation of the ranks' outputs, combined, from the unplaced layer; ValidationError above `tolerance`.
 
     A wrong map from logical to physical experts corrupts outputs silently in production; here it cannot pass.
     """
-    deviation = float((torch.stack(list(parts)).sum(0) - whole).abs().max() / whole.abs().max().clamp_min(1e-20))
+    combined = torch.zeros_like(whole)
+    for share, part in parts:
+        combined.index_add_(0, share.received_R, part)
+    deviation = float((combined - whole).abs().max() / whole.abs().max().clamp_min(1e-20))
     if not deviation <= tolerance:
         raise ValidationError(
             f"outputs differ from the unplaced layer by {deviation:.2e} (limit {tolerance:.0e}); the placement moved tokens to wrong experts"

@@ -54,7 +54,13 @@ def validate(
     ids, gates = _batch(trace, tokens)
     own = weights or _random_weights(model, device, seed)
     found = calibration or calibrate_for(
-        model, plans, device=device, backend=backend, tokens=tokens, seed=seed + 1, progress=lambda s, w: progress(s / 2, "calibrating")
+        model,
+        device=device,
+        backend=backend,
+        resident=max(1, max(int(plan.placement.slots_G.max()) for plan in plans)),
+        most_selections=2 * len(ids) * model.top_k // min(plan.placement.devices for plan in plans),
+        seed=seed + 1,
+        progress=lambda share, what: progress(share / 2, "calibrating"),
     )
     hidden = torch.randn(len(ids), model.hidden, generator=torch.Generator().manual_seed(seed)).to(device, own[model.moe_layers[0]].up.dtype)
 
@@ -66,7 +72,7 @@ def validate(
     predicted = np.array([_predict(share, model, found.peak, found.fit.kernel) for share in work])
     resident = [own[model.moe_layers[share.layer]].take(list(share.experts)) for share in work]
     deviation = _check_outputs(work, resident, own, hidden, ids, gates, model, backend)
-    calls = [_quiet(partial(run, share, hidden, held, backend)) for share, held in zip(work, resident, strict=True)]
+    calls = [_quiet(partial(run, share, hidden[share.received_R], held, backend)) for share, held in zip(work, resident, strict=True)]
     times = measure(calls, repeats=repeats, seed=seed, device=device, progress=lambda share, what: progress(0.5 + share / 2, "measuring"))
     busy = np.array([len(share.slots_N) > 0 for share in work])
     measured = np.median(times, axis=1)
@@ -122,26 +128,34 @@ def validate(
 
 def calibrate_for(
     model: ModelSpec,
-    plans: Sequence[Plan],
     *,
     device: str,
-    backend: Backend,
-    tokens: int,
-    seed: int,
+    resident: int,
+    most_selections: int,
+    backend: Backend = "loop",
     loads: int = 24,
-    progress: Progress = lambda s, w: None,
+    seed: int = 1,
+    progress: Progress = lambda share, what: None,
 ) -> Calibration:
-    """Calibrate a device around a model's experts, on neighbouring shapes: never the validated shape itself."""
+    """Calibrate a device around a model's experts, on neighbouring shapes: never the validated shape itself.
+
+    `resident` experts per measured layer, up to `most_selections` selections in all.
+    """
     hidden, width = model.hidden, model.intermediate
     neighbours = [(hidden // 2, width), (hidden, width // 2), (2 * hidden, width), (hidden, 2 * width)]
-    resident = max(1, max(int(plan.placement.slots_G.max()) for plan in plans))
-    devices = min(plan.placement.devices for plan in plans)
-    most = max(64, 4 * tokens * model.top_k // devices)
-    dtype = "bf16" if device.startswith("cuda") else "fp32"
     return calibrate(
-        device, [(max(16, h // 8 * 8), max(16, f // 8 * 8)) for h, f in neighbours], experts=resident, top_k=min(model.top_k, resident),
-        most_tokens=most, backend=backend, dtype=dtype, gated=model.gated, loads=loads, seed=seed, progress=progress,
-    )  # fmt: skip
+        device,
+        [(max(16, h // 8 * 8), max(16, f // 8 * 8)) for h, f in neighbours],
+        experts=resident,
+        top_k=min(model.top_k, resident),
+        most_tokens=max(64, most_selections),
+        backend=backend,
+        dtype="bf16" if device.startswith("cuda") else "fp32",
+        gated=model.gated,
+        loads=loads,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def _batch(trace: Trace, tokens: int) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
@@ -179,9 +193,16 @@ def _predict(share: Share, model: ModelSpec, peak: ComputePeak, kernel: ExpertKe
     if not share.experts:
         return 0.0
     time = expert_time_s(
-        share.counts_P, hidden=model.hidden, intermediate=model.intermediate, gated=model.gated,
-        top_k=min(model.top_k, len(share.experts)), peak=peak, kernel=kernel, warm_cache=True,
-    )  # fmt: skip
+        share.counts_P,
+        hidden=model.hidden,
+        intermediate=model.intermediate,
+        gated=model.gated,
+        top_k=model.top_k,
+        peak=peak,
+        kernel=kernel,
+        tokens_N=[len(share.received_R)],
+        warm_cache=True,
+    )
     return float(time.time_s_N[0])
 
 
@@ -203,10 +224,10 @@ def _check_outputs(
                 own[model.moe_layers[layer]],
                 backend=backend,
             )
-            by_plan: dict[int, list[torch.Tensor]] = {}
+            by_plan: dict[int, list[tuple[Share, torch.Tensor]]] = {}
             for share, held in zip(work, resident, strict=True):
                 if share.layer == layer:
-                    by_plan.setdefault(share.plan, []).append(run(share, hidden, held, backend))
+                    by_plan.setdefault(share.plan, []).append((share, run(share, hidden[share.received_R], held, backend)))
             tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
             worst = max(worst, *(same_output(parts, whole, tolerance=tolerance) for parts in by_plan.values()))
     return worst

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet  # noqa: F401 - loaded once for all children
 import torch
 from capture_scripts.tiny import TinyMoE, adapt, tiny_spec, tokens
 
@@ -40,7 +41,9 @@ def main(root: Path, times: int) -> None:
             child(root / f"run{n}", writing)
         os.close(writing)
         os.read(reading, 1)  # the first step is done
-        time.sleep(chance.uniform(0, 0.25))
+        while n >= 3 and not list((root / f"run{n}").glob("part-*")):  # the first three may die before any part is there
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.15))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         steps = 1

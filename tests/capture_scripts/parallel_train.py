@@ -1,4 +1,4 @@
-"""Trains a small MoE with DDP, then with FSDP2, and captures both; run by torchrun."""
+"""Trains a small MoE with DDP, knowing nothing of capture, then one with FSDP2 that it captures itself; run by torchrun."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ from moesim.capture import capture
 STEPS = 3
 
 
-def run(model: Any, out: Path) -> None:
+def train(model: Any) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with capture(model, out, model_spec=tiny_spec()) as recorder:
-        for step in range(STEPS):
-            recorder.step(step)
-            model(tokens(100 * dist.get_rank() + step)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    for step in range(STEPS):
+        model(tokens(100 * dist.get_rank() + step)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def main(root: Path) -> None:
+def main(out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     adapt()
     torch.manual_seed(0)
-    run(DistributedDataParallel(TinyMoE()), root / "ddp")
+    train(DistributedDataParallel(TinyMoE()))
     torch.manual_seed(0)
     model = TinyMoE()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    run(model, root / "fsdp")
+    with capture(model, out, model_spec=tiny_spec()):
+        train(model)
     dist.destroy_process_group()
 
 
