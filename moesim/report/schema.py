@@ -1,0 +1,262 @@
+"""What a document for a report may hold: the file edge of the report room. Unknown keys are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+Row = list[float]
+KINDS = ("held-out", "cross-domain", "in-sample")  # strongest evidence first
+
+
+class Part(BaseModel):
+    """A piece of a document: immutable, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, extra="ignore")
+
+
+class Machine(Part):
+    """Where the figures were made."""
+
+    cpu: str | None = None
+    cores: int | None = None
+    memory_B: float | None = None
+    gpu: str | None = None
+    system: str | None = None
+
+
+class Training(Part):
+    """A model trained before its routing was recorded; `loss` per step, `domains` bytes of text of each domain."""
+
+    model: str
+    parameters: int
+    steps: int
+    loss: list[float]
+    domains: dict[str, int]
+    seconds: float | None = None
+
+
+class InspectionPart(Part):
+    """`moesim.trace.inspect.Inspection.to_dict()`."""
+
+    model: str
+    tokens: int
+    layers: list[int] = Field(min_length=1)
+    experts: int
+    top_k: int
+    skew: list[float]
+    unused_experts: list[int]
+    affinity_bits: list[float]
+    domains: list[str]
+    domain_drift_bits: list[Row]
+    step_edges: list[int]
+    step_drift_bits: list[Row]
+    empty_selections: int
+    repeated_share: float
+    load: list[Row]
+
+    @model_validator(mode="after")
+    def _shapes(self) -> InspectionPart:
+        layers = len(self.layers)
+        _sized("load", self.load, layers, self.experts)
+        _sized("domain_drift_bits", self.domain_drift_bits, len(self.domains), len(self.domains))
+        _sized("step_drift_bits", self.step_drift_bits, None, layers)
+        _long("skew", self.skew, layers)
+        _long("unused_experts", self.unused_experts, layers)
+        _long("affinity_bits", self.affinity_bits, layers - 1)
+        _long("step_edges", self.step_edges, len(self.step_drift_bits) + 1 if self.step_drift_bits else len(self.step_edges))
+        return self
+
+
+class Summary(Part):
+    """`moesim.result.Result.summary()`: the figures people compare."""
+
+    name: str
+    engine: str
+    max_load_ratio: float
+    worst_layer_load_ratio: float
+    fanout_devices: float
+    fanout_nodes: float
+    a2a_bytes: float
+    layer_time_s: float = Field(gt=0)
+    dispatch_s: float
+    compute_s: float
+    combine_s: float
+    step_time_s: float
+    tokens_per_s: float
+
+
+class ScoredPart(Part):
+    """Plans scored on one set of tokens."""
+
+    label: str
+    kind: Literal["in-sample", "held-out", "cross-domain"]
+    tokens: int
+    plans: list[Summary] = Field(min_length=1)
+
+
+class SolutionPart(Part):
+    """What a solver said about its own answer; infeasible ones have no objective."""
+
+    name: str
+    status: str
+    seconds: float | None = None
+    objective: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+
+
+class Comparison(Part):
+    """Several plans on several sets of tokens."""
+
+    cluster: str
+    cluster_title: str | None = None
+    learnt_from: str
+    tokens_per_device: int
+    scored_on: list[ScoredPart] = Field(min_length=1)
+    solutions: list[SolutionPart] = []
+
+
+class ResultPart(Part):
+    """`moesim.result.Result.to_dict()`."""
+
+    model: str
+    cluster: str
+    steps: int
+    tokens_per_step: float
+    summary: Summary
+    layers: list[int] = Field(min_length=1)
+    layer_s: list[float]
+    device_tokens: list[Row]
+    traffic_B: list[Row]
+    load_ratio: list[float]
+    bottlenecks: dict[str, int] = {}
+    notes: list[str] = []
+    inputs: dict[str, JsonValue] = {}
+
+    @model_validator(mode="after")
+    def _shapes(self) -> ResultPart:
+        layers, devices = len(self.layers), len(self.traffic_B)
+        _long("layer_s", self.layer_s, layers)
+        _long("load_ratio", self.load_ratio, layers)
+        _sized("device_tokens", self.device_tokens, layers, devices)
+        _sized("traffic_B", self.traffic_B, devices, devices)
+        return self
+
+
+class Errors(Part):
+    """Relative errors of predictions; ape = |predicted/measured - 1|, bias = mean(predicted/measured - 1), all shares."""
+
+    n: int
+    median_ape: float
+    p90_ape: float
+    mape: float
+    bias: float
+
+
+class Calibration(Errors):
+    """What the kernel was fitted on, and how well it fits that."""
+
+    kernel: dict[str, JsonValue] = {}
+    measured_on: str | None = None
+
+
+class Case(Part):
+    """One layer of one rank, predicted and executed. `cv` is the coefficient of variation of the repeats."""
+
+    plan: str
+    layer: int
+    rank: int
+    tokens: float
+    experts: float | None = None
+    predicted_s: float = Field(gt=0)
+    measured_s: float = Field(gt=0)
+    cv: float | None = None
+
+
+class RankedPlan(Part):
+    """A plan's time, predicted and measured: its slowest rank's, summed over layers."""
+
+    name: str
+    predicted_s: float = Field(gt=0)
+    measured_s: float = Field(gt=0)
+
+
+class Ranking(Part):
+    """Whether predictions order plans as measurements do. `top1_regret` = measured time of the predicted best over the best, minus 1."""
+
+    plans: list[RankedPlan] = Field(min_length=1)
+    spearman: float | None = None
+    kendall: float | None = None
+    top1_regret: float | None = None
+    spread: float | None = None
+    noise_floor: float | None = None
+    verdict: str = ""
+
+
+class Check(Part):
+    """Something that had to hold."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+
+
+class Validation(Part):
+    """Predictions against executions on real hardware; `ranking_tokens_only` ranks by token counts alone."""
+
+    device: str
+    backend: str
+    hardware: dict[str, JsonValue] = {}
+    date: str | None = None
+    calibration: Calibration | None = None
+    cases: list[Case] = Field(min_length=1)
+    summary: Errors
+    models: dict[str, Errors] = {}
+    ranking: Ranking | None = None
+    ranking_tokens_only: Ranking | None = None
+    timing: str | None = None
+    repeats: int | None = None
+    checks: list[Check] = []
+    modelled: list[str] = []
+
+    @property
+    def where(self) -> str:
+        """The device by the name of its hardware, where the document has it."""
+        name = self.hardware.get("gpu") or (self.hardware.get("cpu") if self.device == "cpu" else None)
+        return f"{self.device} ({name})" if name else self.device
+
+
+class Document(Part):
+    """One document: provenance, and any of the five sections."""
+
+    schema_version: Literal[1]
+    title: str | None = None
+    created: str | None = None
+    command: str | list[str] | None = None
+    versions: dict[str, str] = {}
+    machine: Machine | None = None
+    notes: list[str] = []
+    training: Training | None = None
+    inspection: InspectionPart | None = None
+    comparison: Comparison | None = None
+    results: list[ResultPart] = []
+    validation: Validation | None = None
+
+
+SECTIONS = ("training", "inspection", "comparison", "results", "validation")
+
+
+def _long(name: str, values: Sequence[Any], length: int) -> None:
+    if len(values) != length:
+        raise ValueError(f"{name} has {len(values)} entries, expected {length}")
+
+
+def _sized(name: str, rows: Sequence[Sequence[float]], height: int | None, width: int) -> None:
+    if height is not None:
+        _long(name, rows, height)
+    wrong: Iterable[int] = (i for i, row in enumerate(rows) if len(row) != width)
+    if (i := next(iter(wrong), None)) is not None:
+        raise ValueError(f"{name}[{i}] has {len(rows[i])} entries, expected {width}")

@@ -1,0 +1,85 @@
+"""Section: what the routing looks like."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from moesim.report.blocks import Drawing, Facts, Gallery, Section
+from moesim.report.plots import draw_heat, draw_line, draw_matrix, heat_limit, relative
+from moesim.report.schema import Document, InspectionPart
+
+
+def inspection(document: Document) -> Section | None:
+    """Heat map of expert loads, skew and affinity per layer, drift between domains and over steps."""
+    part = document.inspection
+    if part is None:
+        return None
+    worst = int(np.argmax(part.skew))
+    unused = sum(part.unused_experts)
+    lead = (
+        f"The hottest expert of a layer takes {np.mean(part.skew):.2f} times the mean load on average, "
+        f"{part.skew[worst]:.2f} times in layer {part.layers[worst]}, the most uneven one."
+    )
+    pairs = [
+        ("model", part.model),
+        ("tokens", f"{part.tokens:,}"),
+        ("routing", f"{len(part.layers)} MoE layers × {part.experts} experts, top-{part.top_k}"),
+        ("experts never chosen", f"{unused:,} of {len(part.layers) * part.experts:,}"),
+        ("empty selections", f"{part.empty_selections:,}"),
+        ("tokens that repeat the one before", f"{part.repeated_share:.1%}".replace("%", " %")),
+    ]
+    return Section(key="inspection", title="Routing", lead=lead, blocks=[Facts(pairs=pairs), Gallery(drawings=_drawings(part))])
+
+
+def _drawings(part: InspectionPart) -> list[Drawing]:
+    ratio_LE = relative(part.load)
+    hot = np.unravel_index(int(ratio_LE.argmax()), ratio_LE.shape)
+    drawings = [
+        Drawing(
+            caption="Load of each expert over the mean of its layer",
+            alt=f"Heat map, {len(part.layers)} MoE layers by {part.experts} experts; "
+            f"the hottest is expert {hot[1]} of layer {part.layers[hot[0]]} at {ratio_LE[hot]:.2f} times the mean.",
+            draw=partial(draw_heat, ratio_RC=ratio_LE, rows=part.layers, xlabel="expert", limit=heat_limit([ratio_LE])),
+            height=max(240, min(360, 6 * len(part.layers) + 80)),
+        ),
+        Drawing(
+            caption="Skew: hottest expert over the mean expert",
+            alt=f"Line over MoE layers, from {min(part.skew):.2f} to {max(part.skew):.2f}; 1 would be perfect balance.",
+            draw=partial(draw_line, x=part.layers, y=part.skew, xlabel="MoE layer", ylabel="hottest / mean", floor=1),
+        ),
+    ]
+    if part.affinity_bits:
+        bits = part.affinity_bits
+        drawings.append(
+            Drawing(
+                caption="Affinity: what a layer's experts tell about the next layer's",
+                alt=f"Line over MoE layers of the mutual information with the next layer, from {min(bits):.2f} to {max(bits):.2f} bits.",
+                draw=partial(draw_line, x=part.layers[:-1], y=bits, xlabel="MoE layer", ylabel="bits"),
+            )
+        )
+    if len(part.domains) > 1:
+        drift_DD = np.asarray(part.domain_drift_bits)
+        a, b = np.unravel_index(int(drift_DD.argmax()), drift_DD.shape)
+        names = [name or "(none)" for name in part.domains]
+        drawings.append(
+            Drawing(
+                caption="Drift between domains: Jensen-Shannon divergence of loads, bits",
+                alt=f"Matrix over {len(names)} domains; the farthest are {names[a]} and {names[b]} at {drift_DD[a, b]:.3f} bits.",
+                draw=partial(draw_matrix, value_RC=drift_DD, names=names if len(names) <= 16 else (), unit="", top=float(drift_DD.max())),
+                height=280,
+            )
+        )
+    if part.step_drift_bits:
+        drift_SL = np.asarray(part.step_drift_bits)
+        mean_S = drift_SL.mean(axis=1)
+        band = (drift_SL.min(axis=1), drift_SL.max(axis=1))
+        drawings.append(
+            Drawing(
+                caption="Drift over steps: each stretch against the one before; line is the mean, band all layers",
+                alt=f"Line from {mean_S[0]:.4f} to {mean_S[-1]:.4f} bits.",
+                draw=partial(draw_line, x=part.step_edges[1:], y=mean_S, xlabel="step", ylabel="bits", band=band),
+            )
+        )
+    return drawings
