@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Routers of other frameworks: the real ones where they are installed, their contract otherwise."""
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def test_a_full_disk_can_be_a_warning_and_the_run_goes_on(tmp_path: Path) -> Non
 
 def test_a_directory_that_goes_away_is_said_at_close_if_no_step_follows(tmp_path: Path) -> None:
     model = TinyMoE()
-    with pytest.raises(CaptureError, match="No such file"), capture(model, tmp_path / "t", model_spec=tiny_spec(), part_rows=1):
+    with pytest.raises(CaptureError, match="No such file"), capture(model, tmp_path / "t", model_spec=tiny_spec(), part_rows=1):  # noqa: PT012
         model(tokens(0))
         time.sleep(0.3)
         shutil.rmtree(tmp_path / "t")
@@ -213,7 +213,7 @@ def test_a_slow_disk_blocks_or_drops_whole_passes_and_counts_them(when_full: Any
 
 def test_an_exception_in_the_run_closes_the_trace_and_passes_through(tmp_path: Path) -> None:
     model = TinyMoE()
-    with pytest.raises(KeyError), capture(model, tmp_path / "t", model_spec=tiny_spec()):
+    with pytest.raises(KeyError), capture(model, tmp_path / "t", model_spec=tiny_spec()):  # noqa: PT012
         model(tokens(0))
         raise KeyError("mine")
     assert json.loads((tmp_path / "t" / "manifest.json").read_text())["interrupted"] == "KeyError"

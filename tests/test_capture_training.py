@@ -179,7 +179,7 @@ def test_sampling_takes_whole_steps_and_stops_at_the_budget(tmp_path: Path) -> N
 @pytest.mark.parametrize(("how", "reentrant"), [("wrapped", None), ("wrapped", False), ("in place", None), ("layers", None)])
 def test_hooks_placed_before_compilation_record_every_layer(how: str, reentrant: bool | None, tmp_path: Path) -> None:
     model: Any = TinyMoE(2, reentrant=reentrant)
-    inputs = [tokens(i, 2, length) for i, length in enumerate((8, 5))]
+    inputs = [tokens(i, 2, length) for i, length in enumerate((8, 5 if how == "layers" else 8))]
     expected = np.concatenate([routing(model, x) for x in inputs])
     with capture(model, tmp_path / "t", model_spec=tiny_spec(2)) as recorder:
         if how == "wrapped":
@@ -192,7 +192,7 @@ def test_hooks_placed_before_compilation_record_every_layer(how: str, reentrant:
             recorder.step(i)
             run(x).sum().backward()
     np.testing.assert_array_equal(load_trace(tmp_path / "t").experts(), expected)
-    assert [step for (step,) in columns(tmp_path / "t", "step")] == [0] * 16 + [1] * 10
+    assert [step for (step,) in columns(tmp_path / "t", "step")] == [step for step, x in enumerate(inputs) for _ in range(x.numel())]
     run(inputs[0])  # the compiled code outlives the recorder and must not mind
 
 
@@ -266,12 +266,27 @@ def test_a_model_without_config_needs_a_spec_that_fits(tmp_path: Path) -> None:
 
 
 def test_running_another_model_is_noticed(tmp_path: Path) -> None:
-    other = TinyMoE()
-    with pytest.raises(CaptureError, match="no forward pass was seen"), capture(TinyMoE(), tmp_path / "t", model_spec=tiny_spec()) as recorder:
-        for i in range(5):
-            recorder.step(i)
+    steps, other = [], TinyMoE()
+    with (  # noqa: PT012
+        pytest.raises(CaptureError, match="no forward pass was seen"),
+        capture(TinyMoE(), tmp_path / "t", model_spec=tiny_spec()) as recorder,
+    ):
+        for step in range(5):
+            recorder.step(step)
             other(tokens(0))
-    assert i == 2
+            steps.append(step)
+    assert steps == [0, 1]
+
+
+def test_nothing_run_at_all_is_an_error_at_close(tmp_path: Path) -> None:
+    model = TinyMoE()
+    with (  # noqa: PT012
+        pytest.raises(CaptureError, match=r"Routers were called 3 times outside"),
+        capture(model, tmp_path / "t", model_spec=tiny_spec()),
+    ):
+        hidden = model.embed(tokens(0))
+        for layer in model.layers:
+            hidden = layer(hidden)
 
 
 def test_two_runs_are_never_mixed(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_bad_input_is_named_with_exit_code_2(moesim: Run, trace: Trace, tmp_path
         "$.memories[0].bandwidth: must not be negative": ("profiles", bad_device),
         "$.colour: unknown key": ("profiles", bad_device),
         "runs backwards": ("inspect", trace.path, "--tokens", "90%:10%"),
-        "expert id 63 out of range 0..7": ("import", "npz", npz, "-o", tmp_path / "t1", "--model", write_config(tmp_path, layers=26, experts=8)),
+        "out of range 0..7 at ids": ("import", "npz", npz, "-o", tmp_path / "t1", "--model", write_config(tmp_path, layers=26, experts=8)),
         "26 layers, 'mixtral-8x7b' has 32": ("import", "npz", npz, "-o", tmp_path / "t2", "--model", "mixtral-8x7b"),
         "formats: npz": ("import", "excel", npz, "-o", tmp_path / "t3"),
         "not a readable .npz": ("import", "npz", plan, "-o", tmp_path / "t4"),

@@ -255,8 +255,7 @@ def test_the_answer_names_the_best_held_out_plan_its_gain_and_where_it_loses(doc
     found = answer(as_document(document, place="d"))
     assert found.sentences[0].startswith("On 20 tokens it has not seen (law B), better has the shortest MoE layer")
     assert f"20.0{NBSP}% less than linear" in found.sentences[0]
-    assert f"10.0{NBSP}% more than linear" in found.sentences[1]
-    assert "there linear is the fastest" in found.sentences[1]
+    assert f"(+10.0{NBSP}% vs linear), where linear is the fastest" in found.sentences[1]
     assert "The order agrees." in found.sentences
     assert found.cautions == ["1 of 2 checks failed: errors small."]
     assert [tile.tone for tile in found.tiles] == ["good", "plain", "good", "good"]

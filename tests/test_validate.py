@@ -116,8 +116,10 @@ def test_placements_are_ranked_as_measured(make_trace: Callable[..., Trace]) -> 
     measured = {plan["name"]: plan["measured_s"] for plan in found["ranking"]["plans"]}
     assert measured["spread"] < measured["together"]
     assert found["ranking"]["plans"][0]["predicted_s"] == max(plan["predicted_s"] for plan in found["ranking"]["plans"])
-    if found["ranking"]["spread"] > 4 * found["ranking"]["noise_floor"]:
-        assert found["per_rank_spearman"] > 0.9
+    cases = found["cases"]
+    apart = [(a, b) for a in cases for b in cases if a["measured_s"] > 1.4 * b["measured_s"]]  # beyond what a busy machine blurs
+    assert len(apart) > 50
+    assert np.mean([a["predicted_s"] > b["predicted_s"] for a, b in apart]) > 0.95
     assert found["summary"]["median_ape"] < 0.5
     assert found["checks"][0]["ok"]
     assert all(case["predicted_s"] > 0 for case in found["cases"])

@@ -99,28 +99,28 @@ def _kernel() -> Any:
     def route(experts_TLK, step_N, turn_N, source_N, start_LGE, count_LGE, slots, device_P, node_G, slot_out, copies_out, nodes_out):  # type: ignore[no-untyped-def]
         tokens, layers, width = experts_TLK.shape
         by_source = start_LGE.shape[1] > 1
-        devices, nodes = copies_out.shape[3], nodes_out.shape[3]
         for layer in numba.prange(layers):
-            seen_G = np.full(devices, -1, np.int64)
-            seen_N = np.full(nodes, -1, np.int64)
+            seen_G = np.full(copies_out.shape[3], -1, np.int64)  # last token that was sent there
+            seen_N = np.full(nodes_out.shape[3], -1, np.int64)
             for token in range(tokens):
-                step, source = step_N[token], source_N[token]
-                row = source if by_source else 0
+                step, source = np.uint64(step_N[token]), np.uint64(source_N[token])
+                row = source if by_source else np.uint64(0)
                 for k in range(width):
-                    expert = experts_TLK[token, layer, k]
+                    expert = np.uint64(experts_TLK[token, layer, k])
                     if expert == NO_EXPERT:
                         continue
-                    count = count_LGE[layer, row, expert]
-                    slot = slots[start_LGE[layer, row, expert] + (turn_N[token] % count if count > 1 else 0)]
+                    at, count = start_LGE[layer, row, expert], count_LGE[layer, row, expert]
+                    if count > 1:
+                        at += turn_N[token] % count
+                    slot = np.uint64(slots[np.uint64(at)])
+                    device = np.uint64(device_P[slot])
+                    node = np.uint64(node_G[device])
                     slot_out[step, layer, slot] += 1
-                    device = device_P[slot]
-                    if seen_G[device] != token:
-                        seen_G[device] = token
-                        copies_out[step, layer, source, device] += 1
-                        node = node_G[device]
-                        if seen_N[node] != token:
-                            seen_N[node] = token
-                            nodes_out[step, layer, source, node] += 1
+                    # adding 0 or 1 instead of branching: whether a device is new is as good as random
+                    copies_out[step, layer, source, device] += np.int64(seen_G[device] != token)
+                    nodes_out[step, layer, source, node] += np.int64(seen_N[node] != token)
+                    seen_G[device] = token
+                    seen_N[node] = token
 
     return route
 

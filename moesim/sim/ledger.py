@@ -30,9 +30,14 @@ class Ledger:
 
     def task_ended(self, task: Task) -> None:
         """Attribute the idle time before a compute task to what it waited for, back along the chain of causes."""
-        if task.stream != "compute" or task.start <= task.idle_since:
+        begin, end = task.idle_since, task.start
+        if end <= begin or task.stream != "compute":
             return
-        for kind, seconds in waits(task.cause, task.device, task.idle_since, task.start):
+        cause = task.cause
+        if cause is not None and cause.device == ALL and cause.start <= begin:  # the usual case: one collective
+            self.stall_s[cause.kind] += end - begin
+            return
+        for kind, seconds in waits(cause, task.device, begin, end):
             self.stall_s[kind] += seconds
 
     def block_ended(self, block: Block) -> None:

@@ -7,6 +7,7 @@ links (`Fabric`). One SimPy event ends one task: cost grows with tasks, never wi
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
@@ -22,10 +23,10 @@ from moesim.sim.tasks import Block, Task, check_acyclic
 class Stream:
     """One queue: `task` runs, `queue` waits as (priority, turn, task)."""
 
-    __slots__ = ("busy_s", "free_at", "last", "name", "pausing", "queue", "task")
+    __slots__ = ("busy_s", "computes", "free_at", "last", "pausing", "queue", "task")
 
-    def __init__(self, name: tuple[str, int]) -> None:
-        self.name = name
+    def __init__(self, name: str) -> None:
+        self.computes = name == "compute"
         self.task: Task | None = None
         self.queue: list[tuple[int, int, Task]] = []
         self.busy_s = 0.0
@@ -44,60 +45,74 @@ class Runner:
         self.fabric = fabric
         self.streams: dict[tuple[str, int], Stream] = {}
         self.tasks = 0
+        self.events = 0
         self._program = program
         self._on_task, self._on_block = on_task, on_block
         self._turn = 0
         self._speed = 1.0  # of compute, beside collectives
-        self._open: dict[int, tuple[Block, list[int]]] = {}  # id of a block's task → block and its unfinished count
-        self._unfinished: dict[int, Task] = {}
-        self._heads: set[int] = set()
+        self._open: dict[int, Block] = {}  # by admission, until all their tasks have ended
+        self._left: dict[int, int] = {}  # tasks of open blocks that have not ended
+        self._admitted = 0
+        self._head: Task | None = None
 
     def run(self) -> None:
         """Run the program to its end; SimulationError names a task that can never start."""
-        self._admit()
-        self.env.run()
-        if self._unfinished:
-            stuck = next(iter(self._unfinished.values()))
-            if stuck.waiting > 0:
-                missing = [repr(task) for task in stuck.after if task.end < 0]
-                raise SimulationError(f"nothing can progress at {self.env.now:g} s: {stuck} waits for {missing[0]}, which never ends; admit it or remove the dependency")
-            raise SimulationError(f"nothing can progress at {self.env.now:g} s: {stuck} never ends")
+        collecting = gc.isenabled()
+        gc.disable()  # ended tasks hold no cycles; scanning the many that live would take half of the time
+        try:
+            self._admit()
+            self.env.run()
+        finally:
+            if collecting:
+                gc.enable()
+        for block in self._open.values():
+            stuck = next(task for task in block.tasks if task.end < 0)
+            missing = [repr(task) for task in stuck.after if task.end < 0]
+            reason = f"waits for {missing[0]}, which never ends; admit it or remove the dependency" if missing else "never ends"
+            raise SimulationError(f"nothing can progress at {self.env.now:g} s: {stuck} {reason}")
 
     def _admit(self) -> None:
         block = next(self._program, None)
         if block is None:
             return
-        check_acyclic(block.tasks)
-        count = [len(block.tasks)]
-        self._heads.add(id(block.tasks[0]))
-        for task in block.tasks:
-            self._unfinished[id(task)] = task
-            self._open[id(task)] = (block, count)
+        tasks = block.tasks
+        number = self._admitted
+        self._admitted += 1
+        self._open[number], self._left[number] = block, len(tasks)
+        self._head = tasks[0]
+        free, late = [], False
+        for task in tasks:
+            task.block = number
             waiting, latest = 0, None
             for other in task.after:
                 if other.end < 0:
                     other.next.append(task)
                     waiting += 1
+                    late = late or other.block < 0
                 elif latest is None or other.end > latest.end:
                     latest = other
             task.waiting = waiting
             task.cause = latest
-        for task in block.tasks:
-            if task.waiting == 0 and task.start < 0:
-                self._ready(task)
+            if not waiting:
+                free.append(task)
+        if late:  # a task waits for one that comes after it, or is in no block
+            check_acyclic(tasks)
+        for task in free:
+            self._ready(task)
 
     def _ready(self, task: Task) -> None:
         key = (task.stream, task.device)
         stream = self.streams.get(key)
         if stream is None:
-            stream = self.streams[key] = Stream(key)
+            stream = self.streams[key] = Stream(task.stream)
+        task.on = stream
         self._turn += 1
         task.turn = self._turn
-        if stream.task is None:
+        running = stream.task
+        if running is None:
             self._start(stream, task)
         else:
             heappush(stream.queue, (task.priority, task.turn, task))
-            running = stream.task
             if running.chunk_s > 0 and running.end < 0 and task.priority < running.priority and not stream.pausing and running.load_K is None:
                 self._pause(stream, running)
 
@@ -106,31 +121,35 @@ class Runner:
         now = env.now
         stream.task = task
         if task.start < 0:
-            if stream.last is not None and (task.cause is None or stream.last.end > task.cause.end):
-                task.cause = stream.last
+            last = stream.last
+            if last is not None and (task.cause is None or last.end > task.cause.end):
+                task.cause = last
             task.start = now
             task.idle_since = stream.free_at
-            if id(task) in self._heads:
-                self._heads.discard(id(task))
+            if task is self._head:
                 self._admit()
         task.since = now
         if task.sm_share:
             self._slow(-task.sm_share)
         if task.load_K is not None and task.load_K.max(initial=0.0) > 0:
-            self.fabric.send(task.load_K, lambda: self._end(stream, task), least_s=task.work_s)
+            self.fabric.send(task.load_K, lambda: self._arrived(stream, task), least_s=task.work_s)
             return
-        rate = self._speed if task.stream == "compute" else 1.0
-        task.event = event = Timeout(env, task.left_s / rate, task)
+        task.event = event = Timeout(env, task.left_s / self._speed if stream.computes else task.left_s, task)
         event.callbacks.append(self._fire)
 
     def _fire(self, event: simpy.Event) -> None:
         task: Task = event._value
+        self.events += 1
         if task.event is event:
-            stream = self.streams[task.stream, task.device]
+            stream = task.on
             if stream.pausing:
                 self._yield(stream, task)
             else:
                 self._end(stream, task)
+
+    def _arrived(self, stream: Stream, task: Task) -> None:
+        self.events += 1
+        self._end(stream, task)
 
     def _end(self, stream: Stream, task: Task) -> None:
         now = self.env.now
@@ -144,20 +163,19 @@ class Runner:
         if task.sm_share:
             self._slow(task.sm_share)
         for follower in task.next:
-            follower.waiting -= 1
-            if follower.waiting == 0:
+            waiting = follower.waiting = follower.waiting - 1
+            if not waiting:
                 follower.cause = task
                 self._ready(follower)
-        task.next = []
+        task.next.clear()
         stream.task = None  # only now, so that the most urgent of all that are ready goes next
         if stream.queue:
             self._start(stream, heappop(stream.queue)[2])
         self._on_task(task)
-        del self._unfinished[id(task)]
-        block, count = self._open.pop(id(task))
-        count[0] -= 1
-        if not count[0]:
-            self._on_block(block)
+        left = self._left[task.block] = self._left[task.block] - 1
+        if not left:
+            del self._left[task.block]
+            self._on_block(self._open.pop(task.block))
 
     def _pause(self, stream: Stream, task: Task) -> None:
         """Let a task end its current chunk, if one follows it."""
@@ -191,7 +209,7 @@ class Runner:
             self._speed = 1.0
         for stream in self.streams.values():
             task = stream.task
-            if task is not None and stream.name[0] == "compute" and task.event is not None:
+            if task is not None and stream.computes and task.event is not None:
                 task.left_s = max(0.0, task.left_s - (now - task.since) * before)
                 stream.busy_s += now - task.since
                 task.since = now

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ class Task:
     """
 
     __slots__ = (
-        "after", "cause", "chunk", "chunk_s", "device", "end", "event", "idle_since", "kind", "label", "left_s", "load_K", "next", "priority", "since",
+        "after", "block", "cause", "chunk", "chunk_s", "device", "end", "event", "idle_since", "kind", "label", "left_s", "load_K", "next", "on", "priority", "since",
         "sm_share", "start", "stream", "turn", "waiting", "work_s",
     )  # fmt: skip
 
@@ -69,6 +70,8 @@ class Task:
         self.next: list[Task] = []
         self.cause: Task | None = None  # what it waited for last
         self.event: object = None
+        self.block = -1
+        self.on: Any = None  # the stream, once it is ready
 
     def __repr__(self) -> str:
         step, layer = self.label
@@ -92,36 +95,22 @@ class Block:
 
 def check_acyclic(tasks: Sequence[Task]) -> None:
     """SimulationError naming the cycle when tasks wait for each other in a ring. O(tasks + edges)."""
-    seen: set[int] = set()
-    if _in_order(tasks, seen):
-        return
-    own = {id(task): task for task in tasks}
-    state: dict[int, int] = {}  # 1 on the way, 2 done
+    own = set(tasks)
+    done: set[Task] = set()
     for first in tasks:
-        way: list[tuple[Task, Iterable[Task]]] = [(first, iter(first.after))] if id(first) not in state else []
+        way: list[tuple[Task, Iterator[Task]]] = [] if first in done else [(first, iter(first.after))]
+        on_way = [first]
         while way:
             task, rest = way[-1]
-            state[id(task)] = 1
             for other in rest:
-                if state.get(id(other)) == 1:
-                    ring = [t for t, _ in way]
-                    ring = ring[ring.index(other) :]
-                    names = " → ".join(repr(t) for t in [*reversed(ring), ring[-1]])
-                    raise SimulationError(f"tasks wait for each other: {names}; remove one of these dependencies")
-                if id(other) in own and id(other) not in state:
+                if other in on_way:
+                    ring = [*on_way[on_way.index(other) :], other]
+                    raise SimulationError(f"tasks wait for each other: {' waits for '.join(map(repr, ring))}; remove one of these dependencies")
+                if other in own and other not in done:
                     way.append((other, iter(other.after)))
+                    on_way.append(other)
                     break
             else:
-                state[id(task)] = 2
+                done.add(task)
                 way.pop()
-
-
-def _in_order(tasks: Sequence[Task], seen: set[int]) -> bool:
-    """Every task comes after those of the block it waits for, so there is no ring."""
-    own = {id(task) for task in tasks}
-    for task in tasks:
-        for other in task.after:
-            if id(other) in own and id(other) not in seen:
-                return False
-        seen.add(id(task))
-    return True
+                on_way.pop()

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Tiny random models of every router family in transformers, for the capture tests."""
 
 from __future__ import annotations

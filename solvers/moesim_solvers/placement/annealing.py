@@ -5,9 +5,9 @@ exactly in 4·W word operations, without looking at a token. E experts, P slots,
 `turn_RW`, X most replicas of one expert, W = ceil(tokens / 64) words.
 
 An expert's replicas are numbered by slot; token t uses replica `t mod count` (dispatch rule `even`).
-Cost, lower is better:
+Cost, lower is better, with `excess` how far load exceeds its limits (0: load itself is the cost):
 
-    busy · max(0, busiest device load / mean - limit) + fanout · devices per token + node_fanout · nodes per token
+    busy · excess + fanout · devices per token + node_fanout · nodes per token
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim_solvers.placement.bits import Words, ones, random_unit
 from moesim_solvers.placement.jit import borrowed, compiled
 
 Ints = NDArray[np.int64]
-Words = NDArray[np.uint64]
 Floats = NDArray[np.float64]
+
+SWAP, CROSS, REPLACE = 0, 1, 2  # kinds of move
+RARE = 0.1  # share of moves of the two dear kinds, where there are replicas
 
 
 class Layer(NamedTuple):
@@ -37,7 +40,8 @@ class Layer(NamedTuple):
     node_G: Ints
     price_3: Floats
     mean: float
-    limit: float
+    load_limit: float
+    peak_limit: float
     tokens: int
 
 
@@ -63,38 +67,18 @@ class State(NamedTuple):
 
 
 @compiled
-def random_unit(draw_1: Words) -> float:
-    """Uniform in [0, 1): splitmix64, so that a seed means the same in every process and thread."""
-    draw_1[0] += np.uint64(0x9E3779B97F4A7C15)
-    z = draw_1[0]
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return float(z >> np.uint64(11)) * (1.0 / 9007199254740992.0)
-
-
-@compiled
-def ones(word: np.uint64) -> np.int64:
-    """Bits set (the compiler turns this into one instruction)."""
-    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
-
-
-@compiled
-def reach_after(any_DW: Words, many_DW: Words, d: int, bits_PW: Words, leave: int, enter: int) -> int:
+def reach_after(any_DW: Words, many_DW: Words, d: int, bits_PW: Words, leave: int, enter: int) -> np.int64:
     """Tokens that device (or node) d serves once slot `leave` left it and `enter` came."""
-    total = 0
+    total = np.int64(0)
     for w in range(any_DW.shape[1]):
         total += ones(many_DW[d, w] | (any_DW[d, w] & ~bits_PW[leave, w]) | bits_PW[enter, w])
     return total
 
 
 @compiled
-def served(any_DW: Words, d: int) -> int:
+def served(any_DW: Words, d: int) -> np.int64:
     """Tokens with at least one slot at device or node d."""
-    total = 0
+    total = np.int64(0)
     for w in range(any_DW.shape[1]):
         total += ones(any_DW[d, w])
     return total
@@ -187,23 +171,30 @@ def evaluate(layer: Layer, state: State) -> None:
 
 
 @compiled
+def above(layer: Layer, busiest: float, highest: float) -> float:
+    """How far the highest load and the highest peak (load with drift), over the mean load, exceed their limits."""
+    return max(0.0, busiest / layer.mean - layer.load_limit, highest / layer.mean - layer.peak_limit)
+
+
+@compiled
 def excess(layer: Layer, state: State) -> float:
-    """Busiest device load / mean above the limit."""
-    top = 0.0
-    for peak in state.peak_G:
-        top = max(top, peak)
-    return max(0.0, top / layer.mean - layer.limit)
+    """`above` of the devices as they are."""
+    busiest = highest = 0.0
+    for g in range(len(state.load_G)):
+        busiest = max(busiest, state.load_G[g])
+        highest = max(highest, state.peak_G[g])
+    return above(layer, busiest, highest)
 
 
 @compiled
 def spread(layer: Layer, state: State) -> float:
     """Priced distinct devices and nodes per token."""
-    devices = nodes = 0
+    devices = nodes = 0.0
     for reach in state.reach_G:
         devices += reach
     for reach in state.reach_N:
         nodes += reach
-    return (layer.price_3[1] * devices + layer.price_3[2] * nodes) / layer.tokens
+    return float(layer.price_3[1] * devices + layer.price_3[2] * nodes) / layer.tokens
 
 
 @compiled
@@ -229,7 +220,7 @@ def moved(home_X: Ints, count: int, leave: int, enter: int, new_X: Ints) -> int:
 @compiled
 def holds(layer: Layer, state: State, expert: int, device: int) -> bool:
     """Whether the device has a replica of the expert."""
-    for r in range(state.count_E[expert]):
+    for r in range(state.count_E[expert]):  # noqa: SIM110 - numba has no generator expressions
         if layer.device_P[state.home_EX[expert, r]] == device:
             return True
     return False
@@ -249,8 +240,8 @@ def rank_after(state: State, expert: int, leave: int, enter: int) -> int:
 
 
 @compiled
-def busiest_after(layer: Layer, state: State, g: int, h: int, x: int, y: int) -> float:
-    """Highest peak once a replica of x went from g to h and one of y from h to g."""
+def excess_after(layer: Layer, state: State, g: int, h: int, x: int, y: int) -> float:
+    """Excess once a replica of x went from g to h and one of y from h to g."""
     share_x, share_y = 1.0 / state.count_E[x], 1.0 / state.count_E[y]
     shift = share_y * layer.load_E[y] - share_x * layer.load_E[x]
     square_g = square_h = 0.0
@@ -259,24 +250,28 @@ def busiest_after(layer: Layer, state: State, g: int, h: int, x: int, y: int) ->
         at_g, at_h = state.drift_GB[g, b] + turn, state.drift_GB[h, b] - turn
         square_g += at_g * at_g
         square_h += at_h * at_h
-    top = max(state.load_G[g] + shift + math.sqrt(square_g), state.load_G[h] - shift + math.sqrt(square_h))
+    load_g, load_h = state.load_G[g] + shift, state.load_G[h] - shift
+    busiest = max(load_g, load_h)
+    highest = max(load_g + math.sqrt(square_g), load_h + math.sqrt(square_h))
     for d in range(len(state.peak_G)):
         if d != g and d != h:
-            top = max(top, state.peak_G[d])
-    return top
+            busiest = max(busiest, state.load_G[d])
+            highest = max(highest, state.peak_G[d])
+    return above(layer, busiest, highest)
 
 
 @compiled
-def attempt(layer: Layer, state: State, i: int, j: int, replace: bool, price: float, allow: float, work_4X: Ints) -> bool:
-    """Swap slots i and j, or (`replace`) turn slot i into a further replica of slot j's expert.
+def attempt(layer: Layer, state: State, i: int, j: int, kind: int, price: float, allow: float, work_4X: Ints) -> bool:
+    """Swap slots i and j if possible and if priced spread + price · excess grows by less than `allow`.
 
-    Done if possible and if priced spread + price · excess grows by less than `allow`.
+    Kind SWAP leaves the numbering of replicas alone (cheap), CROSS may renumber them, REPLACE turns slot i into a
+    further replica of slot j's expert instead.
     """
     x, y = state.slots_P[i], state.slots_P[j]
     g, h = layer.device_P[i], layer.device_P[j]
     if x == y or g == h or holds(layer, state, y, g):
         return False
-    if replace:
+    if kind == REPLACE:
         if state.count_E[x] == 1:
             return False
         return reassign(layer, state, i, -1, x, y, price, allow, work_4X)
@@ -284,10 +279,9 @@ def attempt(layer: Layer, state: State, i: int, j: int, replace: bool, price: fl
         return False
     rank_x, rank_y = rank_after(state, x, i, j), rank_after(state, y, j, i)
     if rank_x < 0 or rank_y < 0:
-        return reassign(layer, state, i, j, x, y, price, allow, work_4X)
+        return kind == CROSS and reassign(layer, state, i, j, x, y, price, allow, work_4X)
 
-    top = busiest_after(layer, state, g, h, x, y)
-    delta = price * (max(0.0, top / layer.mean - layer.limit) - excess(layer, state))
+    delta = price * (excess_after(layer, state, g, h, x, y) - excess(layer, state))
     if layer.price_3[1] != 0.0:
         after = reach_after(state.any_GW, state.many_GW, g, state.bits_PW, i, j)
         after += reach_after(state.any_GW, state.many_GW, h, state.bits_PW, j, i)
@@ -321,9 +315,7 @@ def swap(layer: Layer, state: State, i: int, j: int, rank_x: int, rank_y: int) -
 
 
 @compiled
-def reassign(
-    layer: Layer, state: State, i: int, j: int, x: int, y: int, price: float, allow: float, work_4X: Ints
-) -> bool:
+def reassign(layer: Layer, state: State, i: int, j: int, x: int, y: int, price: float, allow: float, work_4X: Ints) -> bool:
     """Move in which replicas change number or count: do it, look, take it back if too dear. j = -1: drop x at i."""
     old_x, old_y, new_x, new_y = work_4X[0], work_4X[1], work_4X[2], work_4X[3]
     nx, ny = state.count_E[x], state.count_E[y]
@@ -358,7 +350,7 @@ def typical_step(layer: Layer, state: State, price: float, moves: int) -> float:
     before = spread(layer, state) + price * excess(layer, state)
     for _ in range(moves):
         i, j = int(random_unit(state.draw_1) * slots), int(random_unit(state.draw_1) * slots)
-        if attempt(layer, state, i, j, False, price, math.inf, work_4X):
+        if attempt(layer, state, i, j, SWAP, price, math.inf, work_4X):
             after = spread(layer, state) + price * excess(layer, state)
             total += abs(after - before)
             made += 1
@@ -393,9 +385,11 @@ def anneal(
             price = soft * (firm / max(soft, 1e-300)) ** (step / moves)
         i = int(random_unit(state.draw_1) * slots)
         j = int(random_unit(state.draw_1) * slots)
-        replace = spare and random_unit(state.draw_1) < 0.2
+        kind = SWAP
+        if spare and random_unit(state.draw_1) < RARE:
+            kind = CROSS if random_unit(state.draw_1) < 0.5 else REPLACE
         allow = -heat * math.log(1.0 - random_unit(state.draw_1))
-        if attempt(layer, state, i, j, replace, price, allow, work_4X):
+        if attempt(layer, state, i, j, kind, price, allow, work_4X):
             now = spread(layer, state) + layer.price_3[0] * excess(layer, state)
             if now < best_1[0] - 1e-12:
                 best_1[0] = now
@@ -404,19 +398,13 @@ def anneal(
 
 
 @compiled
-def descend(layer: Layer, state: State, rounds: int) -> None:
-    """Try every swap and every replacement until none helps (or for `rounds` passes)."""
+def descend(layer: Layer, state: State) -> bool:
+    """Try every swap of two slots once, taking each that helps; returns whether one did."""
     layer, state = borrowed(layer), borrowed(state)
-    slots = len(state.slots_P)
-    spare = slots > len(layer.load_E)
     work_4X = np.empty((4, state.home_EX.shape[1]), np.int64)
-    for _ in range(rounds):
-        better = False
-        for i in range(slots):
-            for j in range(slots):
-                if i < j:
-                    better |= attempt(layer, state, i, j, False, layer.price_3[0], -1e-9, work_4X)
-                if spare:
-                    better |= attempt(layer, state, i, j, True, layer.price_3[0], -1e-9, work_4X)
-        if not better:
-            break
+    slots = len(state.slots_P)
+    better = False
+    for i in range(slots):
+        for j in range(i + 1, slots):
+            better |= attempt(layer, state, i, j, SWAP, layer.price_3[0], -1e-9, work_4X)
+    return better

@@ -7,19 +7,17 @@ Shapes: L layers, E logical experts, P physical slots, X most replicas of one ex
 from __future__ import annotations
 
 import numpy as np
-from moesim.errors import InputError
-from moesim.optimize import Capability, Problem, Progress, Solution, Status
 from numpy.typing import ArrayLike, NDArray
 
+from moesim.errors import InputError
+from moesim.optimize import Capability, Problem, Progress, Solution, Status
 from moesim_solvers.placement.jit import compiled
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 
-def rebalance_experts(
-    weight_LE: ArrayLike, replicas: int, groups: int, nodes: int, devices: int
-) -> tuple[Ints, Ints, Ints]:
+def rebalance_experts(weight_LE: ArrayLike, replicas: int, groups: int, nodes: int, devices: int) -> tuple[Ints, Ints, Ints]:
     """Place `replicas` physical experts so that no device gets much more than its share.
 
     Hierarchical when `groups % nodes == 0`: pack expert groups into nodes, replicate inside each node,
@@ -101,9 +99,7 @@ def replicate(weight_RI: Floats, copies: int) -> tuple[Ints, Ints, Ints]:
     return item_RC, rank_RC, count_RI
 
 
-def _hierarchical(
-    weight_LE: Floats, replicas: int, groups: int, nodes: int, devices: int
-) -> tuple[Ints, Ints, Ints]:
+def _hierarchical(weight_LE: Floats, replicas: int, groups: int, nodes: int, devices: int) -> tuple[Ints, Ints, Ints]:
     """Groups to nodes, replicas inside nodes, replicas to devices (N nodes, M experts and Q slots per node)."""
     layers, experts = weight_LE.shape
     size = experts // groups
@@ -115,8 +111,8 @@ def _hierarchical(
     weight_NM = np.take_along_axis(weight_LE, mid2log_LE, 1).reshape(layers * nodes, -1)
     mid_NQ, rank_NQ, count_NM = replicate(weight_NM, replicas // nodes)
 
-    share_NM = weight_NM / count_NM.astype(np.float32)
-    device_NQ, place_NQ = pack(np.take_along_axis(share_NM, mid_NQ, 1), devices // nodes)
+    share_NQ = np.take_along_axis(weight_NM, mid_NQ, 1) / np.take_along_axis(count_NM, mid_NQ, 1).astype(np.float32)
+    device_NQ, place_NQ = pack(share_NQ, devices // nodes)
     slot2copy_NQ = np.argsort(device_NQ * (replicas // devices) + place_NQ, axis=1)
     mid_LP = np.take_along_axis(mid_NQ, slot2copy_NQ, 1).reshape(layers, nodes, -1)
     mid_LP = (mid_LP + np.arange(nodes)[:, None] * (experts // nodes)).reshape(layers, replicas)
@@ -157,7 +153,5 @@ class Eplb:
 
     def solve(self, problem: Problem, *, seed: int, time_limit_s: float, progress: Progress) -> Solution:
         """One deterministic pass; seed and time limit do not matter."""
-        slots_LP, _, _ = rebalance_experts(
-            problem.load_LE, problem.slots, problem.model.expert_groups, problem.cluster.nodes, problem.cluster.size
-        )
+        slots_LP, _, _ = rebalance_experts(problem.load_LE, problem.slots, problem.model.expert_groups, problem.cluster.nodes, problem.cluster.size)
         return Solution(status=Status.FEASIBLE, placement=problem.placement(slots_LP), seed=seed)

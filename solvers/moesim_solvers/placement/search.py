@@ -15,20 +15,21 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import numpy as np
-from moesim.errors import InputError
 from numpy.typing import ArrayLike, NDArray
 
+from moesim.errors import InputError
 from moesim_solvers.placement.annealing import Layer, State, anneal, descend, evaluate, excess, spread, typical_step
 from moesim_solvers.placement.balance import balanced_slots
+from moesim_solvers.placement.bits import packed
 
 NO_SELECTION = 65535
 MOST_TOKENS = 8192  # more do not improve held-out fan-out, and time grows in proportion
 BLOCKS = 8  # consecutive parts of the sample whose differing loads show how much a device's load may drift
-MOVES_PER_SLOT = 6000
+MOVES = 100_000  # of the last round, times the cube root of the number of slots
 ROUNDS = 3
 CHUNK = 20_000  # moves between two looks at the clock, about 10 ms
 HOT, COLD = 0.5, 0.1  # temperatures, in typical changes of cost by a random move
-SOFT, FIRM = 3.0, 10.0  # price of exceeding a load limit during annealing, in prices of one device per token
+SOFT, FIRM = 3.0, 10.0  # price of exceeding a load limit during annealing, where travel costs of the order of one
 STRICT = 1000.0  # the same in the end: first keep the limit, then save travel
 
 Progress = Callable[[float, float], None]
@@ -82,7 +83,7 @@ def search_slots(
     Parameters
     ----------
     experts_TLK : ids < E, 65535 = no selection. Beyond 8192 tokens an even subset is used.
-    slots_G, node_G : slots and node of each device; device g owns the g-th run of slots.
+    slots_G, node_G : slots (0: out of service) and node of each device; device g owns the g-th run of slots.
     load_slack : if given, load is no cost but a limit: the greedy balance's own ratio plus this slack
         (both with drift), and `busy` is not used.
     time_limit_s : soft limit, looked at every few milliseconds; a result that was not cut off depends on the
@@ -105,10 +106,12 @@ def search_slots(
     layers, experts = load_LE.shape
     first_G = np.concatenate([[0], np.cumsum(slots_G)])
     slots = int(first_G[-1])
-    turn_RW = _turns(len(experts_TLK), min(len(slots_G), slots - experts + 1))
-    scale = fanout + node_fanout
+    live = int(np.count_nonzero(slots_G))
+    turn_RW = _turns(len(experts_TLK), min(live, slots - experts + 1))
     limited = load_slack is not None
-    price_3 = np.array([STRICT * max(scale, 1e-9) if limited else busy, fanout, node_fanout])
+    unit = max(0.0 if limited else busy, fanout, node_fanout) or 1.0  # the search knows prices of the order of one
+    soft, firm, full = (SOFT, FIRM, STRICT) if limited else (busy / unit,) * 3
+    price_3 = np.array([full, fanout / unit, node_fanout / unit])
 
     def prepare(layer: int) -> _Task:
         start_P = balanced_slots(load_LE[layer], first_G)
@@ -121,24 +124,27 @@ def search_slots(
             device_P=np.repeat(np.arange(len(slots_G)), slots_G),
             node_G=node_G,
             price_3=price_3,
-            mean=max(float(load_LE[layer].sum()) / len(slots_G), 1e-300),
-            limit=0.0,
+            mean=max(float(load_LE[layer].sum()) / live, 1e-300),
+            load_limit=0.0,
+            peak_limit=0.0,
             tokens=max(len(experts_TLK), 1),
         )
         state = _state(given, start_P, 0)
         if load_slack is not None:
-            given = given._replace(limit=excess(given, state) + load_slack)
+            given = given._replace(
+                load_limit=float(state.load_G.max()) / given.mean + load_slack,
+                peak_limit=float(state.peak_G.max()) / given.mean + load_slack,
+            )
         return _Task(given=given, start_P=start_P, best_P=start_P.copy(), best_1=np.array([_cost(given, state)]))
 
     def improve(layer: int, task: _Task, round_: int) -> bool:
         if time.monotonic() > stop_s:
             return False
         draw = np.random.SeedSequence([seed, layer, round_]).generate_state(1, np.uint64)[0]
-        moves = MOVES_PER_SLOT * slots // 4 ** (ROUNDS - 1 - round_)
+        moves = int(MOVES * math.cbrt(slots)) // 4 ** (ROUNDS - 1 - round_)
         state = _state(task.given, task.start_P, draw)
-        step = typical_step(task.given, state, 0.0 if limited else busy, 200)
+        step = typical_step(task.given, state, 0.0 if limited else full, 200)
         state = _state(task.given, task.start_P, draw)
-        soft, firm = (SOFT * scale, FIRM * scale) if limited else (busy, busy)
         best_P, best_1 = task.start_P.copy(), np.array([_cost(task.given, state)])
         done = 0
         while step > 0 and done < moves and time.monotonic() < stop_s:
@@ -146,13 +152,14 @@ def search_slots(
             anneal(task.given, state, best_P, best_1, done, until, moves, HOT * step, COLD * step, soft, firm)
             done = until
         state = _state(task.given, best_P, draw)
-        descend(task.given, state, 50)
+        while time.monotonic() < stop_s and descend(task.given, state):
+            pass
         state = _state(task.given, state.slots_P, draw)
         if _cost(task.given, state) < task.best_1[0]:
             task.best_P[:], task.best_1[0] = state.slots_P, _cost(task.given, state)
         return done == moves or step == 0
 
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         tasks = list(pool.map(prepare, range(layers)))
         start_cost_L = np.array([task.best_1[0] for task in tasks])
         finished = True
@@ -162,11 +169,11 @@ def search_slots(
                 finished &= job.result()
                 if progress is not None:
                     work = sum(4.0**r for r in range(round_)) + 4.0**round_ * count / layers
-                    progress(work / sum(4.0**r for r in range(ROUNDS)), float(np.mean([t.best_1[0] for t in tasks])))
+                    progress(work / sum(4.0**r for r in range(ROUNDS)), unit * float(np.mean([t.best_1[0] for t in tasks])))
     return Found(
         slots_LP=np.array([task.best_P for task in tasks]),
-        cost_L=np.array([task.best_1[0] for task in tasks]),
-        start_cost_L=start_cost_L,
+        cost_L=unit * np.array([task.best_1[0] for task in tasks]),
+        start_cost_L=unit * start_cost_L,
         finished=finished,
     )
 
@@ -206,20 +213,12 @@ def _members(experts_TK: NDArray[np.integer], experts: int) -> NDArray[np.uint64
     chosen_ET = np.zeros((experts + 1, len(experts_TK)), np.bool_)
     ids_TK = np.where(experts_TK == NO_SELECTION, experts, experts_TK)
     chosen_ET[ids_TK, np.arange(len(experts_TK))[:, None]] = True
-    return _packed(chosen_ET[:experts])
+    return packed(chosen_ET[:experts])
 
 
 def _turns(tokens: int, most: int) -> NDArray[np.uint64]:
     """Bit sets [R, W]; row n(n-1)/2 + r holds the tokens that use replica r of n."""
-    return np.vstack([_packed(np.arange(tokens) % n == np.arange(n)[:, None]) for n in range(1, most + 1)])
-
-
-def _packed(flags_RT: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    rows, tokens = flags_RT.shape
-    words = -(-tokens // 64)
-    bytes_RB = np.zeros((rows, 8 * words), np.uint8)
-    bytes_RB[:, : -(-tokens // 8)] = np.packbits(flags_RT, axis=1, bitorder="little")
-    return bytes_RB.view(np.uint64)
+    return np.vstack([packed(np.arange(tokens) % n == np.arange(n)[:, None]) for n in range(1, most + 1)])
 
 
 def _drift(experts_TK: NDArray[np.integer], load_E: NDArray[np.float64], drift: float) -> NDArray[np.float64]:
@@ -242,26 +241,20 @@ def _check(
     prices: tuple[float, ...],
 ) -> None:
     if load_LE.ndim != 2 or experts_TLK.ndim != 3 or experts_TLK.shape[1] != len(load_LE) or not load_LE.size:
-        raise InputError(
-            f"experts_TLK {experts_TLK.shape} and load_LE {load_LE.shape} disagree; pass [T, L, K] and [L, E]"
-        )
+        raise InputError(f"experts_TLK {experts_TLK.shape} and load_LE {load_LE.shape} disagree; pass [T, L, K] and [L, E]")
     experts = load_LE.shape[1]
     strange_TLK = (experts_TLK >= experts) & (experts_TLK != NO_SELECTION)
     if strange_TLK.any() or experts_TLK.min(initial=0) < 0:
         token, layer, k = np.argwhere(strange_TLK | (experts_TLK < 0))[0]
         raise InputError(
-            f"expert id {experts_TLK[token, layer, k]} at token {token}, layer {layer}; "
-            f"ids are 0..{experts - 1}, or {NO_SELECTION} for no selection"
+            f"expert id {experts_TLK[token, layer, k]} at token {token}, layer {layer}; ids are 0..{experts - 1}, or {NO_SELECTION} for no selection"
         )
     if not (np.isfinite(load_LE) & (load_LE >= 0)).all():
         layer, expert = np.argwhere(~(np.isfinite(load_LE) & (load_LE >= 0)))[0]
         raise InputError(f"load {load_LE[layer, expert]} at layer {layer}, expert {expert}; loads are finite, >= 0")
-    if slots_G.ndim != 1 or slots_G.shape != node_G.shape or not slots_G.size or slots_G.min() < 1:
-        raise InputError(f"slots_G {slots_G.tolist()} and node_G {node_G.tolist()}: one slot or more per device each")
+    if slots_G.ndim != 1 or slots_G.shape != node_G.shape or not slots_G.size or slots_G.min() < 0:
+        raise InputError(f"slots_G {slots_G.tolist()} and node_G {node_G.tolist()}: one count >= 0 and one node per device")
     if slots_G.sum() < experts or slots_G.max() > experts:
-        raise InputError(
-            f"slots_G {slots_G.tolist()} for {experts} experts; give {experts} slots or more in all "
-            f"and no device more than {experts}"
-        )
+        raise InputError(f"slots_G {slots_G.tolist()} for {experts} experts; give {experts} slots or more in all and no device more than {experts}")
     if not all(math.isfinite(price) and price >= 0 for price in prices):
         raise InputError(f"prices, slack and drift {prices} must be finite and >= 0")
