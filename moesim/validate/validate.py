@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from moesim.cost.experts import ComputePeak, ExpertKernel, expert_time_s
-from moesim.errors import TraceError
+from moesim.errors import InputError, TraceError
 from moesim.model import ModelSpec
 from moesim.plan import Plan
 from moesim.trace import NO_EXPERT, Trace
@@ -49,8 +49,8 @@ def validate(
     model = trace.model
     for plan in plans:
         plan.check_fits(model, plan.placement.devices, place=f"plan {plan.name!r}")
-    if not plans:
-        raise TraceError("no plans to validate; give at least one")
+    if not plans or repeats < 2:
+        raise InputError(f"{len(plans)} plans and repeats(={repeats}): give at least one plan, and two repeats to know the noise")
     ids, gates = _batch(trace, tokens)
     own = weights or _random_weights(model, device, seed)
     found = calibration or calibrate_for(
@@ -87,7 +87,7 @@ def validate(
         return np.asarray(slowest.sum(axis=1))
 
     halves = np.stack([layer_sums(np.median(times[:, start::2], axis=1)) for start in (0, 1)])
-    noise = float(np.median(np.abs(halves[0] / halves[1] - 1))) if repeats > 1 else float("inf")
+    noise = float(np.median(np.abs(halves[0] / halves[1] - 1)))
     names = [plan.name for plan in plans]
     return {
         "device": device,
