@@ -53,7 +53,8 @@ __all__ = ["__version__", *sorted(_WHERE)]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'moesim' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    module = import_module(_WHERE[name])
+    return module if callable(module) else getattr(module, name)  # capture and validate: the package is the function
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ from moesim.errors import SpecError
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
-_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size", "d_ff")
+_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size", "d_ff", "encoder_ffn_dim")
 _PLAIN = {"switch_transformers", "nllb-moe", "nemotron_h"}  # two matrices per expert
 _ALTERNATING = {"switch_transformers", "nllb-moe"}
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8}
@@ -36,7 +36,7 @@ def spec_values(raw: Mapping[str, Any], *, name: str | None) -> dict[str, Any]:
     top_k = _first(config, _TOP_K) or _first(ffn, ("moe_top_k",))
     if top_k is None and config.get("model_type") in _ALTERNATING:
         top_k = 2 if config["model_type"] == "nllb-moe" else 1
-    layers = _first(config, ("num_hidden_layers", "n_layers", "num_layers"))
+    layers = _first(config, ("num_hidden_layers", "n_layers", "num_layers", "encoder_layers"))
     hidden = _first(config, ("hidden_size", "d_model", "n_embd"))
     width = _first(config, _WIDTH) or _first(ffn, _WIDTH)
     found = {"experts": experts, "experts per token": top_k, "layers": layers, "hidden size": hidden, "expert width": width}

@@ -103,7 +103,7 @@ def test_ranks_share_a_directory_but_a_second_run_of_the_same_id_is_refused(tmp_
 def test_a_kill_at_any_moment_loses_at_most_what_was_not_flushed(tmp_path: Path) -> None:
     steps_done = json.loads(python(SCRIPTS / "kill_loop.py", tmp_path, "20"))
     per_step = kill_loop.BATCH * kill_loop.LENGTH
-    may_miss = kill_loop.PART_ROWS + (kill_loop.RING + 1) * per_step
+    may_miss = kill_loop.PART_ROWS * 5 // 4 + (kill_loop.RING + 1) * per_step  # a part, what is being joined, and what waits
     assert len(steps_done) == 20
     opened = 0
     for n, steps in enumerate(steps_done):
@@ -142,9 +142,10 @@ def small_disk() -> Any:
 @pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_is_one_error_in_the_next_step_and_hooks_go(tmp_path: Path) -> None:
     model = TinyMoE()
-    with pytest.raises(CaptureError, match=r"cannot be written: .*File too large.*tokens are safe"), capture(
-        model, tmp_path / "t", model_spec=tiny_spec(), part_rows=8192, when_full="block", ring_slots=1
-    ) as recorder:
+    with (
+        pytest.raises(CaptureError, match=r"cannot be written: .*File too large.*tokens are safe"),
+        capture(model, tmp_path / "t", model_spec=tiny_spec(), part_rows=8192, when_full="block", ring_slots=1) as recorder,
+    ):
         run_until_error(recorder, model)
     assert recorder.error is not None
     assert not model.layers[0].gate._forward_hooks
@@ -156,9 +157,10 @@ def test_a_full_disk_is_one_error_in_the_next_step_and_hooks_go(tmp_path: Path) 
 @pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_can_be_a_warning_and_the_run_goes_on(tmp_path: Path) -> None:
     model = TinyMoE()
-    with pytest.warns(RuntimeWarning, match="cannot be written") as said, capture(
-        model, tmp_path / "t", model_spec=tiny_spec(), part_rows=8192, on_error="warn"
-    ) as recorder:
+    with (
+        pytest.warns(RuntimeWarning, match="cannot be written") as said,
+        capture(model, tmp_path / "t", model_spec=tiny_spec(), part_rows=8192, on_error="warn") as recorder,
+    ):
         assert run_until_error(recorder, model) == 400
     assert len(said) == 1
 

@@ -232,8 +232,9 @@ def test_a_late_start_on_compiled_code_is_an_error(in_place: bool, tmp_path: Pat
 def test_a_layer_that_goes_round_its_router_is_named(tmp_path: Path) -> None:
     model = TinyMoE()
     model.layers[2].forward = lambda hidden: hidden  # type: ignore[method-assign]
-    with pytest.raises(CaptureError, match=r"layer 2 never fired \(layers.2.gate, StrangeGate\)"), capture(
-        model, tmp_path / "t", model_spec=tiny_spec()
+    with (
+        pytest.raises(CaptureError, match=r"layer 2 never fired \(layers.2.gate, StrangeGate\)"),
+        capture(model, tmp_path / "t", model_spec=tiny_spec()),
     ):
         model(tokens(0))
 
@@ -330,72 +331,3 @@ def test_nothing_of_the_autograd_graph_is_kept(tmp_path: Path) -> None:
         gc.collect()
         assert [ref() for ref in kept] == [None, None]
         assert recorder.tokens == 32
-
-
-def test_hooks_and_writer_cost_less_than_a_hundredth_of_a_training_step(tmp_path: Path) -> None:
-    import time
-
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=256, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        moe_intermediate_size=128, intermediate_size=256, num_experts=32, num_experts_per_tok=4,
-    )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters())
-    batch = torch.randint(0, 256, (8, 256))
-    window, shares = 4, []
-    before = np.zeros(3)
-    with capture(model, tmp_path / "t", part_rows=window * batch.numel()) as recorder:  # every window writes a part
-        for step in range(3 * window + 2):
-            if step % window == 1:
-                now = np.array([time.perf_counter(), recorder.overhead_s, recorder.writer_s])
-                if step > 1:
-                    step_s, hooks_s, writer_s = (now - before) / window
-                    print(f"step {step_s * 1e3:.1f} ms, hooks {hooks_s * 1e3:.3f} ms, writer {writer_s * 1e3:.3f} ms")
-                    shares.append((hooks_s + writer_s) / step_s)
-                before = now
-            model(input_ids=batch, labels=batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert min(shares) < 0.01  # other work on the machine only adds
-
-
-# --- trainers --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_trainer_of_transformers_gives_steps_and_microbatches(tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    data = [{"input_ids": tokens(i, 1, 6)[0], "labels": tokens(i, 1, 6)[0]} for i in range(12)]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2,
-        use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=True,
-    )  # fmt: skip
-    callback = moesim.capture.trainer_callback(tmp_path / "t", domain="code")
-    Trainer(model=tiny_model("qwen3_moe"), args=arguments, train_dataset=data, callbacks=[callback]).train()  # type: ignore[arg-type]
-    rows = columns(tmp_path / "t", "step", "microbatch", "domain")
-    assert rows == [(s, m, "code") for s in range(2) for m in range(3) for _ in range(12)]
-
-
-def test_lightnings_calls_give_steps_and_microbatches(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    model = TinyMoE()
-    callback = moesim.capture.lightning_callback(tmp_path / "t", model_spec=tiny_spec())
-    callback.on_fit_start(SimpleNamespace(), model)
-    for batch_idx in range(4):
-        trainer = SimpleNamespace(global_step=batch_idx // 2, accumulate_grad_batches=2)
-        callback.on_train_batch_start(trainer, model, None, batch_idx)
-        model(tokens(0, 1, 1))
-    callback.on_fit_end(SimpleNamespace(), model)
-    assert columns(tmp_path / "t", "step", "microbatch") == [(0, 0), (0, 1), (1, 0), (1, 1)]
-
-
-def test_the_package_is_also_the_function(tmp_path: Path) -> None:
-    model = TinyMoE()
-    moesim.capture.register_router(StrangeGate, lambda module, inputs, output: (output["chosen"], output["gates"]))
-    with moesim.capture(model, tmp_path / "t", model_spec=tiny_spec()) as recorder:  # type: ignore[operator]
-        model(tokens(0))
-    assert recorder.forwards == 1

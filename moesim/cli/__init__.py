@@ -11,6 +11,7 @@ import typer
 from moesim.cli import (
     calibrate,
     capture,
+    compare,
     demo,
     import_,
     inspect,
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, capture, import_, inspect, place, score, simulate, validate, calibrate, report, solvers, profiles, models):
+for module in (demo, capture, import_, inspect, place, score, compare, simulate, validate, calibrate, report, solvers, profiles, models):
     app.command(module.NAME, epilog=module.EPILOG)(module.run)
 
 

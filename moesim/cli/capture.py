@@ -20,10 +20,16 @@ def run(
     domain: Annotated[str, typer.Option("--domain", help="Label of the text the script processes.")] = "",
     every: Annotated[int, typer.Option("--every", min=1, help="Record every n-th step.")] = 1,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Stop recording after about this many tokens.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Shape of the model, a preset or a config.json; default: its own Hugging Face config.")
+    ] = None,
     weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Store gate weights beside expert ids.")] = True,
 ) -> None:
     """Run a training or inference script and record which experts every token chooses."""
     from moesim.capture.run import run_script
+    from moesim.model import load_model
 
-    status = run_script(command, output, domain=domain, every=every, max_tokens=max_tokens, weights=weights)
+    status = run_script(
+        command, output, domain=domain, every=every, max_tokens=max_tokens, weights=weights, model_spec=load_model(model) if model else None
+    )
     raise typer.Exit(status)

@@ -22,14 +22,17 @@ def run(
     json: AsJson = False,
     force: Force = False,
 ) -> None:
-    """Show skew of the experts' load, affinity between layers, and drift between domains and over training.
+    """Show skew of the experts' load, co-activation, affinity between layers, drift between domains and over training, locality.
 
-    skew is the hottest expert over the mean; affinity the mutual information of the experts of consecutive layers;
-    drift the Jensen-Shannon divergence of loads (0 equal, 1 disjoint).
+    skew is the hottest expert over the mean; lift how many times as often two experts serve one token as if independent;
+    affinity the mutual information of the experts of consecutive layers; drift the Jensen-Shannon divergence of loads
+    (0 equal, 1 disjoint). SRP is the best F1 score of switching experts on and off for whole windows of tokens; CLS the share
+    of experts a window does not choose; SCH the hit rate of a cache of rho·K slots per layer that looks one segment ahead.
     """
     from moesim.cli.screen import emit_json, note, open_trace, progress, table
     from moesim.files import check_output, write_json
-    from moesim.trace.inspect import inspect
+    from moesim.trace.inspect import inspect, top_pairs
+    from moesim.trace.locality import RHOS, SEGMENTS, WINDOWS
 
     if output:
         check_output(output, force=force)
@@ -44,18 +47,20 @@ def run(
         return
     stats, model = found.stats, source.model
     affinity = [f"{bits:.2f}" for bits in stats.affinity_bits]
+    strongest = {pair.layer: f"{pair.experts[0]} + {pair.experts[1]} (lift {pair.lift:.2f})" for pair in reversed(top_pairs(stats))}
     rows = [
         [
             str(layer),
             f"{stats.skew_L[i]:.2f}",
             str(int(stats.load_LE[i].argmax())),
             str(int((stats.load_LE[i] == 0).sum())),
+            strongest.get(layer, ""),
             affinity[i] if i < len(affinity) else "",
         ]
         for i, layer in enumerate(model.moe_layers)
     ]
     title = f"{model.name}: {stats.tokens:,} tokens ({source.selection}), {model.experts} experts, top-{model.top_k}"
-    table(title, ["MoE layer", "skew", "hottest expert", "unused experts", "affinity to next, bits"], rows)
+    table(title, ["MoE layer", "skew", "hottest expert", "unused experts", "chosen together most", "affinity to next, bits"], rows)
     names = list(found.load_by_domain)
     if len(names) > 1:
         cells = [[a or "(none)", *(f"{found.drift_DD[i, j]:.3f}" for j in range(len(names)))] for i, a in enumerate(names)]
@@ -65,5 +70,18 @@ def run(
             [f"{a} → {b}", f"{row.mean():.4f}"] for a, b, row in zip(found.step_edges, found.step_edges[1:], found.drift_over_steps, strict=False)
         ]
         table("Drift over steps, bits (mean over layers)", ["from step → to step", "drift"], cells)
+    near = found.locality
+    cells = [
+        [f"{m} tokens", f"{srp:.3f}", f"{low:.3f}…{high:.3f}", f"{rho:.2f}", f"{cls.mean():.3f}"]
+        for m, srp, (low, high), rho, cls in zip(WINDOWS, near.srp_W, near.srp_interval_W2, near.rho_W, near.cls_WL, strict=True)
+    ]
+    title = f"Locality of {near.sequences:,} sequences (nan: none is long enough)"
+    table(title, ["window", "SRP", "95 % interval", "experts on / chosen", "CLS: share not chosen"], cells)
+    cells = [[f"{m} tokens", *(f"{hit:.3f}" for hit in row)] for m, row in zip(SEGMENTS, near.sch_MR, strict=True)]
+    table(f"SCH: hits with one pool for the model, warm fill, {near.cached_tokens:,} tokens", ["segment", *(f"rho = {rho}" for rho in RHOS)], cells)
+    if near.midway:
+        note(f"note: {near.midway:,} sequences begin midway (a selection, or too many open at once); windows over their beginnings are not counted")
+    if near.without_sequence:
+        note(f"note: {near.without_sequence:,} tokens belong to no known sequence and are left out of locality")
     if found.repeated_share > 0.05:
         note(f"note: {found.repeated_share:.0%} of tokens choose exactly what the token before chose in every layer; padding or dummy batches?")

@@ -52,10 +52,17 @@ def run(
                 }
             )
             return
-        links = [*{p.name: p for p in cluster.intra_G}.values(), *([cluster.network] if cluster.network else [])]
+        hosts = {host.name: host for host in cluster.host_G if host}
+        links = {link.name: link for link in [*cluster.intra_G, *cluster.nic_G, *(host.link for host in hosts.values())]}
         rows = [
-            [link.name, link.title, human(link.bandwidth_Bps, "B/s"), human(link.latency_s, "s"), link.fact.confidence, link.fact.source]
-            for link in links
+            [
+                link.name,
+                link.title,
+                human(link.bandwidth_Bps, "B/s"),
+                human(link.latency_s, "s"),
+                *("\n".join(getattr(f, part) for f in link.facts) for part in ("confidence", "source")),
+            ]
+            for link in links.values()
         ]
         table(
             f"{cluster.title}: {cluster.size} devices in {cluster.nodes} nodes",

@@ -20,7 +20,7 @@ from moesim.demo.corpus import load_corpus, split
 from moesim.demo.train import SEQUENCE, build_model, train
 from moesim.errors import ValidationError
 from moesim.hardware import Cluster
-from moesim.optimize import Problem, place, score, solver_infos
+from moesim.optimize import compare, score, solver_infos
 from moesim.plan import Plan
 from moesim.trace import NO_EXPERT, Trace, load_trace
 from moesim.trace.inspect import inspect
@@ -87,7 +87,18 @@ def tell(
     )
     here = {d.name for d in cluster.devices if d.kind == "cpu" == device}  # the cluster's ranks are cores of this machine
     cost = CostModel.of(cluster, trace.model, measured=dict.fromkeys(here, (calibration.peak, calibration.fit.kernel)))
-    plans, comparison = _place(trace, cluster, home, cost, seed=seed, progress=progress("placing"))
+    names = [info.name for info in solver_infos() if info.available and info.solves == "placement"]
+    plans, comparison = compare(
+        trace,
+        cluster,
+        sorted(names, key=lambda name: (name != "linear", name)),
+        home=home,
+        tokens_per_device=BATCH // cluster.size,
+        cost=cost,
+        seed=seed,
+        time_limit_s=10.0,
+        progress=progress("placing"),
+    )
     best = min(comparison["scored_on"][1]["plans"], key=lambda row: row["layer_time_s"])
     say(f"placed {trace.model.experts} experts on {cluster.name} with {len(plans)} solvers; fastest on unseen {home} tokens: {best['name']}")
 
@@ -191,49 +202,6 @@ def check_capture(model: Any, texts: Mapping[str, NDArray[np.uint8]], trace: Tra
                     )
             count += mine.size
     return count
-
-
-def _place(trace: Trace, cluster: Cluster, home: str, cost: CostModel, *, seed: int, progress: Progress) -> tuple[list[Plan], dict[str, Any]]:
-    """Learn on the first half of the home domain; score on both halves and on every other domain."""
-    learn = trace.select(domain=home).select(tokens="0%:50%")
-    others = [name for name in trace.tokens_by_domain if name != home]
-    problem = Problem.of(learn, cluster, tokens_per_device=BATCH // cluster.size, cost=cost)
-    plans, solutions = [], []
-    names = [info.name for info in solver_infos() if info.available and info.solves == "placement"]
-    for index, name in enumerate(sorted(names, key=lambda name: (name != "linear", name))):
-        progress(index / len(names), name)
-        plan, solution = place(problem, solver=name, seed=seed, time_limit_s=10.0, learnt_from=f"{learn.digest} ({learn.selection})")
-        solutions.append(
-            {
-                "name": name,
-                "status": str(solution.status),
-                "seconds": solution.seconds,
-                "objective": solution.objective,
-                "bound": solution.bound,
-                "gap": solution.gap,
-            }
-        )
-        if plan:
-            plans.append(plan)
-    progress(1.0, "")
-
-    def part(label: str, kind: str, tokens: Trace) -> dict[str, Any]:
-        results = score(tokens, plans, cluster, tokens_per_device=BATCH // cluster.size, cost=cost)
-        return {"label": label, "kind": kind, "tokens": tokens.tokens, "plans": [result.summary() for result in results]}
-
-    scored = [
-        part(f"{home}, the half learnt from", "in-sample", learn),
-        part(f"{home}, the half never seen", "held-out", trace.select(domain=home).select(tokens="50%:")),
-        *(part(name, "cross-domain", trace.select(domain=name)) for name in others),
-    ]
-    return plans, {
-        "cluster": cluster.name,
-        "cluster_title": cluster.title,
-        "learnt_from": learn.selection,
-        "tokens_per_device": BATCH // cluster.size,
-        "scored_on": scored,
-        "solutions": solutions,
-    }
 
 
 def _validate(

@@ -1,5 +1,6 @@
 """Optimisation: problems, solvers found by entry point, scoring of their plans."""
 
+from moesim.optimize.compare import compare
 from moesim.optimize.place import place, run_solver
 from moesim.optimize.problem import Capability, Problem, Progress, Solution, Solver, Status
 from moesim.optimize.registry import load_solver, solver_infos, solver_names
@@ -7,5 +8,5 @@ from moesim.optimize.score import rows, score
 
 __all__ = [
     "Capability", "Problem", "Progress", "Solution", "Solver", "Status",
-    "load_solver", "place", "rows", "run_solver", "score", "solver_infos", "solver_names",
+    "compare", "load_solver", "place", "rows", "run_solver", "score", "solver_infos", "solver_names",
 ]  # fmt: skip

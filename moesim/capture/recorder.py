@@ -1,0 +1,291 @@
+"""Recorder: turns what the hooks see into rows of a trace, and knows which step they belong to."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from moesim.capture import compiled
+from moesim.capture.discover import Router
+from moesim.capture.gather import Kept, gather
+from moesim.capture.hooks import place_hooks
+from moesim.capture.ring import Ring, WhenFull
+from moesim.capture.rows import RowBuffer
+from moesim.capture.tokens import Forward, Sequences, token_columns
+from moesim.errors import CaptureError
+from moesim.trace import NO_EXPERT, TraceWriter
+
+UNMATCHED = (
+    "{path}: in {passes} forward passes the routers saw another number of tokens than the model was given (tokens split over devices?); "
+    "these rows have no sequence, position or token id"
+)
+OnError = Literal["raise", "warn"]
+_numbers = itertools.count()
+# Set while autograd runs: what fires then is recomputation by activation checkpointing. Private to torch; without it
+# only a checkpoint around the whole model would count twice.
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+class Recorder:
+    """Records the routing of one model into one trace; made by `moesim.capture.capture`, closing removes every hook.
+
+    Without calls of `step`, forward passes number themselves: in training every pass is a microbatch and the optimizer's
+    step ends the step; otherwise every pass is a step.
+
+    `tokens` and `forwards` count what was handed to the writer, `overhead_s` the time spent in hooks in the caller's
+    thread, `writer_s` the CPU time of the writer thread.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        routers: Sequence[Router],
+        writer: TraceWriter,
+        *,
+        domain: str,
+        every: int,
+        max_tokens: int | None,
+        ring_slots: int,
+        when_full: WhenFull,
+        on_error: OnError,
+    ) -> None:
+        self.routers, self.writer = tuple(routers), writer
+        self.forwards, self.tokens, self.recomputed, self.overhead_s = 0, 0, 0, 0.0
+        self.error: CaptureError | None = None
+        self._domain: str | tuple[str, ...] = domain
+        self._every, self._max_tokens, self._on_error = every, max_tokens, on_error
+        owners = list(dict.fromkeys(router.owner for router in routers))
+        self._owners = [model.get_submodule(path) for path in owners]
+        self._groups = [[router for router in routers if router.owner == path] for path in owners]
+        self._where = [(owners.index(r.owner), self._groups[owners.index(r.owner)].index(r)) for r in routers]
+        self._step, self._microbatch, self._by_hand, self._trained = 0, 0, False, False
+        self._seen, self._steps_without = 0, 0
+        self._ran: set[int] = set()
+        self._open, self._prompt, self._stray, self._skipped, self._unmatched = -1, 0, 0, 0, 0
+        self._forward: tuple[Forward, dict[str, Tensor]] | None = None
+        self._kept: list[Kept] = []
+        self._root_tokens: Tensor | None = None
+        self._root_needed = True
+        self._sequences = Sequences()
+        self._closed, self._pid = False, os.getpid()
+        self._rows = RowBuffer(writer)
+        self._ring = Ring(self._consume, self._flush, idle_s=writer.part_seconds, slots=ring_slots, when_full=when_full)
+        number = next(_numbers)
+        compiled.LISTENERS[number] = self
+        self._handles = place_hooks(model, routers, self, number)
+        self._handles.append(register_optimizer_step_post_hook(self._optimizer_stepped))
+        atexit.register(self._at_exit)
+
+    def step(self, step: int, *, microbatch: int = 0, domain: str | Sequence[str] | None = None) -> None:
+        """Label the forward passes to come; `domain` is one word, or one for each sequence of the batch.
+
+        Further passes under one label count the microbatch up. Raises CaptureError when capture has failed, or when two
+        steps have gone by without one forward pass being seen.
+        """
+        self._check()
+        self._steps_without += 1
+        if self._steps_without > 2 and not self._seen:
+            self._fail("no forward pass was seen in two steps: another model is run, or this one was compiled before capture started")
+        self._step, self._microbatch, self._by_hand = step, microbatch, True
+        if domain is not None:
+            self._domain = domain if isinstance(domain, str) else tuple(domain)
+        self._ran.clear()
+
+    @property
+    def writer_s(self) -> float:
+        """CPU seconds of the writer thread."""
+        return self._ring.writer_s
+
+    @property
+    def dropped(self) -> int:
+        """Forward passes dropped because the ring was full."""
+        return self._ring.dropped
+
+    def _optimizer_stepped(self, *_: Any) -> None:
+        if self._ran and self._trained and not self._by_hand:
+            self._step, self._microbatch = self._step + 1, 0
+            self._ran.clear()
+
+    # Called by the hooks ---------------------------------------------------------------------------------------
+
+    def note_tokens(self, tokens: Callable[[], Tensor | None]) -> None:
+        """The root was called: remember its token ids for stacks of layers that only get embeddings."""
+        if self._root_needed:
+            began = perf_counter()
+            self._root_tokens = tokens() if _graph_task() == -1 else None
+            self.overhead_s += perf_counter() - began
+
+    def begin(self, stream: int, training: bool, inputs: Callable[[], compiled.Inputs]) -> None:
+        """A stack of layers starts."""
+        began = perf_counter()
+        if _graph_task() != -1:
+            return
+        self._check()
+        batch, length, past, tensors = inputs()
+        self._seen += 1
+        if self._ran and max(self._ran) >= stream:  # this stack, or one behind it, ran: another forward pass
+            self._ran.clear()
+            if self._by_hand or training or self._trained:
+                self._microbatch += 1
+            else:
+                self._step += 1
+        self._ran.add(stream)
+        self._trained |= training
+        self._prompt += past == 0
+        self._open, self._kept, self._forward = stream, [], None
+        if self._step % self._every == 0 and (self._max_tokens is None or self.tokens < self._max_tokens):
+            layout = self._groups[stream][0].adapter.layout
+            label = Forward(
+                stream=stream, step=self._step, microbatch=self._microbatch, domain=self._domain, training=training,
+                batch=batch, length=length, past=past, prompt=self._prompt, sequence_first=layout == "sequence-first",
+            )  # fmt: skip
+            root = self._root_tokens
+            self._root_needed = "token_id" not in tensors
+            if root is not None and self._root_needed and root.shape == (batch, length):
+                tensors["token_id"] = root
+            # the caller may write into its buffers before the copies are done
+            self._forward = (label, {name: tensor.clone() for name, tensor in tensors.items()})
+        self.overhead_s += perf_counter() - began
+
+    def see(self, slot: int, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """A router returned."""
+        began = perf_counter()
+        stream, index = self._where[slot]
+        if self._open != stream:
+            self.keep(slot, None, None)
+        elif self._forward is not None:
+            try:
+                ids, weights = self.routers[slot].adapter.read(module, inputs, output)
+            except (TypeError, ValueError, LookupError, AttributeError, CaptureError) as problem:
+                self._forward = None
+                self._fail(f"{self.routers[slot].name} cannot be read: {problem}")
+            else:
+                self._kept.append((index, ids, weights))
+        self.overhead_s += perf_counter() - began
+
+    def keep(self, slot: int, ids: Tensor | None, weights: Tensor | None) -> None:
+        """A decision as read inside compiled code, or one outside a forward pass of the layers' owner."""
+        stream, index = self._where[slot]
+        if self._open != stream:
+            recomputes = _graph_task() != -1
+            self.recomputed += recomputes
+            self._stray += not recomputes
+        elif self._forward is not None and ids is not None:
+            self._kept.append((index, ids, weights))
+
+    def end(self, stream: int) -> None:
+        """A stack of layers is done: hand over what its routers decided."""
+        began = perf_counter()
+        if self._open != stream:
+            return
+        self._open, forward, kept = -1, self._forward, self._kept
+        self._forward, self._kept, self._root_tokens = None, [], None
+        if forward is not None:
+            try:
+                tensors, silent = gather(self._groups[stream], kept, width=self.writer.info.top_k, weights=self.writer.info.weights)
+                self._refuse_silent(stream, silent, forward[0].training)
+                if self._ring.put(forward[0], forward[1] | tensors):
+                    self.forwards += 1
+                    self.tokens += tensors["experts"].shape[1]
+            except CaptureError as problem:
+                self._fail(str(problem))
+        self.overhead_s += perf_counter() - began
+
+    def _refuse_silent(self, stream: int, silent: list[int], training: bool) -> None:
+        """Every layer must have fired, unless the model drops whole layers in training."""
+        if silent and not (training and getattr(self._owners[stream], "layerdrop", 0) > 0):
+            routers = [self._groups[stream][index] for index in silent]
+            names = "; ".join(f"layer {router.layer} never fired ({router.name}, {type(router.module).__name__})" for router in routers)
+            raise CaptureError(
+                f"{names}: these layers run without calling their router (a fused kernel, a replaced forward); "
+                "switch that off, or register the module that does decide"
+            )
+        self._skipped += len(silent)
+
+    # Writer thread ---------------------------------------------------------------------------------------------
+
+    def _consume(self, forward: Forward, arrays: dict[str, NDArray[Any]]) -> None:
+        found = {what: arrays.pop(what) for what in ("experts", "weights") if what in arrays}
+        shape = found["experts"].shape[1:]
+        columns, matched = token_columns(forward, arrays, shape[0], self._sequences)
+        self._unmatched += not matched
+        layers = [router.layer for router in self._groups[forward.stream]]
+        blank = {"experts": np.full(shape, NO_EXPERT, np.uint16), "weights": np.zeros(shape, np.float16)}  # layers of other stacks
+        by_layer = {
+            what: {router.layer: blank[what] for router in self.routers} | dict(zip(layers, values, strict=True)) for what, values in found.items()
+        }
+        self._rows.add(by_layer["experts"], by_layer.get("weights"), columns)
+
+    def _flush(self) -> None:
+        self._rows.flush()
+        self.writer.flush()
+
+    # Failure and end -------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._ring.failure is not None and self.error is None:
+            self._fail(f"{self.writer.path}: routing cannot be written: {self._ring.failure}")
+
+    def _fail(self, message: str) -> None:
+        """Stop capturing; raise once, or warn once."""
+        self._remove_hooks()
+        self.error = CaptureError(f"{message.rstrip('.')}. Capture has stopped; {self.writer.rows_written:,} tokens are safe in {self.writer.path}")
+        if self._on_error == "raise":
+            raise self.error
+        warnings.warn(str(self.error), RuntimeWarning, stacklevel=3)
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._kept, self._forward, self._root_tokens, self._open = [], None, None, -1
+
+    def close(self, **notes: Any) -> None:
+        """Remove the hooks, write what is under way and the manifest; `notes` go into it. Safe to call again.
+
+        Raises CaptureError when writing has failed and that was not said before, or when nothing was seen.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        self._remove_hooks()
+        self._ring.close()
+        if self._ring.failure is None and self.error is None:
+            self._finish(notes)
+        self._check()
+
+    def _finish(self, notes: dict[str, Any]) -> None:
+        self.writer.close(
+            **notes, every=self._every, max_tokens=self._max_tokens, forwards_dropped=self.dropped, forwards_unmatched=self._unmatched,
+            layers_skipped=self._skipped, routers_recomputed=self.recomputed, ring_peak_B=self._ring.peak_B,
+            hooks_s=self.overhead_s, writer_s=self.writer_s,
+        )  # fmt: skip
+        if self._unmatched:
+            warnings.warn(UNMATCHED.format(path=self.writer.path, passes=self._unmatched), RuntimeWarning, stacklevel=4)
+        if not self._seen:
+            stray = f" Routers were called {self._stray} times outside their model's forward: call the model, not its layers." if self._stray else ""
+            self._fail(f"no forward pass was seen: another model is run, or this one was compiled before capture started.{stray}")
+
+    def _at_exit(self) -> None:
+        self._on_error = "warn"
+        self.close(interrupted="exit without close")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            self._on_error = "warn"
+        self.close(**({"interrupted": kind.__name__} if kind else {}))
