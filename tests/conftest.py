@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
 from moesim.model import ModelSpec
+from moesim.testing import clustered_routing
 from moesim.trace import Trace, TraceWriter, load_trace
 
 # JIT compilation makes the first example slow; the suite is timed as a whole, not by example.
@@ -27,20 +28,6 @@ def tiny_model(layers: int = 3, experts: int = 16, top_k: int = 2, **sizes: Any)
     """A MoE model whose first layer is dense."""
     values = {"hidden": 64, "intermediate": 32} | sizes
     return ModelSpec(name="tiny", layers=layers + 1, moe_layers=tuple(range(1, layers + 1)), experts=experts, top_k=top_k, **values)
-
-
-def clustered_routing(model: ModelSpec, tokens: int, *, clusters: int = 4, loyalty: float = 0.8, seed: int = 0) -> NDArray[np.uint16]:
-    """Tokens that mostly choose experts of one hidden cluster per layer: there is locality to find, and skew."""
-    rng = np.random.default_rng(seed)
-    layers, experts, width = len(model.moe_layers), model.experts, model.top_k
-    structure = np.random.default_rng(1234)
-    group_LE = np.stack([structure.permutation(np.arange(experts) % clusters) for _ in range(layers)])
-    topic_T = rng.choice(clusters, tokens, p=np.arange(1, clusters + 1) / (clusters * (clusters + 1) / 2))
-    chosen = np.empty((tokens, layers, width), np.uint16)
-    for layer in range(layers):
-        score = rng.random((tokens, experts)) - loyalty * (group_LE[layer][None] == topic_T[:, None])
-        chosen[:, layer] = np.argsort(score, axis=1)[:, :width]
-    return chosen
 
 
 @pytest.fixture
@@ -70,3 +57,6 @@ def trace(model: ModelSpec, make_trace: Callable[..., Trace]) -> Trace:
     """2,000 tokens of two domains."""
     ids = clustered_routing(model, 2000)
     return make_trace(model, ids, domain=np.where(np.arange(2000) % 3 == 0, "prose", "code"), position=np.arange(2000))
+
+
+__all__ = ["clustered_routing", "tiny_model"]

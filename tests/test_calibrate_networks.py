@@ -218,7 +218,7 @@ def test_one_copy_per_node_in_normal_mode_one_per_expert_in_low_latency(exact):
 
 def test_fragments_load_as_a_profile(tmp_path, exact, noisy):
     date = datetime.date(2026, 11, 22)
-    tables = nccl_tables(noisy, source="made up, test", date=date)
+    tables = nccl_tables(read_nccl(noisy), source="made up, test", date=date)
     tables += deepep_tables(exact("low_latency"), source="made up, test", date=date)
     text = to_toml(tables)
     assert len(tomllib.loads(text)["collectives"]) == 2

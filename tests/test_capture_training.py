@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from capture_scripts.families import tiny_model
-from capture_scripts.tiny import StrangeGate, TinyMoE, adapt, tiny_spec, tokens
+from capture_scripts.tiny import TinyMoE, adapt, tiny_spec, tokens
 from torch import nn
 
 import moesim.capture

@@ -25,28 +25,22 @@ def by_linear_programs(use_FK: NDArray[np.float64], capacity_K: NDArray[np.float
 
     flows = len(use_FK)
     fixed: dict[int, float] = {}
-    while len(fixed) < flows:
+
+    def best(goal: NDArray[np.float64], floor: float) -> float:
         free = [f for f in range(flows) if f not in fixed]
+        rows, right = [np.append(column, 0.0) for column in use_FK.T], list(capacity_K)
+        for f in free:  # t <= rate of every free flow
+            rows.append(np.append(-np.eye(flows)[f], 1.0))
+            right.append(0.0)
+        bounds = [(fixed[f], fixed[f]) if f in fixed else (floor, cap_F[f] if np.isfinite(cap_F[f]) else None) for f in range(flows)]
+        found = linprog(-goal, A_ub=np.stack(rows), b_ub=right, bounds=[*bounds, (0, None)], method="highs")
+        assert found.status == 0, found.message
+        return float(-found.fun)
 
-        def best(goal: NDArray[np.float64], floor: float, free: list[int] = free) -> tuple[float, NDArray[np.float64]]:
-            rows, right = [np.append(column, 0.0) for column in use_FK.T], list(capacity_K)
-            for f in free:  # t <= rate of every free flow
-                row = np.zeros(flows + 1)
-                row[f], row[-1] = -1.0, 1.0
-                rows.append(row)
-                right.append(0.0)
-            bounds = [(fixed[f], fixed[f]) if f in fixed else (floor, cap_F[f] if np.isfinite(cap_F[f]) else None) for f in range(flows)]
-            found = linprog(-goal, A_ub=np.stack(rows), b_ub=right, bounds=[*bounds, (0, None)], method="highs")
-            assert found.status == 0, found.message
-            return -found.fun, found.x
-
-        level, _ = best(np.append(np.zeros(flows), 1.0), 0.0)
-        stuck = []
-        for f in free:
-            goal = np.zeros(flows + 1)
-            goal[f] = 1.0
-            if best(goal, level * (1 - 1e-9))[0] <= level * (1 + 1e-6) + 1e-9:
-                stuck.append(f)
+    unit = np.eye(flows + 1)
+    while len(fixed) < flows:
+        level = best(unit[-1], 0.0)
+        stuck = [f for f in range(flows) if f not in fixed and best(unit[f], level * (1 - 1e-9)) <= level * (1 + 1e-6) + 1e-9]
         assert stuck
         fixed |= dict.fromkeys(stuck, level)
     return np.asarray([fixed[f] for f in range(flows)])

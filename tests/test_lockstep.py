@@ -45,7 +45,8 @@ def faster(cluster: Cluster, factor: float) -> Cluster:
 
 def bare(cluster: Cluster) -> Cluster:
     """Without fitted curves, so that link bandwidths count."""
-    return replace(cluster, devices=tuple(replace(device, collectives=()) for device in cluster.devices))
+    unknown = tuple(replace(link, name="unmeasured") for link in cluster.intra_G)
+    return replace(cluster, devices=tuple(replace(device, collectives=()) for device in cluster.devices), intra_G=unknown)
 
 
 @pytest.mark.parametrize("name", ["h100x8", "h100-4x8"])
