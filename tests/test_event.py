@@ -99,6 +99,8 @@ def test_without_overlap_and_contention_it_is_the_lockstep_engine(seed: int, tok
     for name in ("dispatch_s_SL", "compute_s_SLG", "combine_s_SL", "tokens_SLG", "fanout_devices_L", "fanout_nodes_L"):
         np.testing.assert_array_equal(getattr(event, name), getattr(lockstep, name))
     np.testing.assert_allclose(event.traffic_B_LGG, lockstep.traffic_B_LGG, rtol=1e-12)
+    assert event.bottlenecks == lockstep.bottlenecks
+    assert set(event.notes) >= set(lockstep.notes)
     assert event.summary()["layer_time_s"] == pytest.approx(lockstep.summary()["layer_time_s"], rel=1e-9)
 
 

@@ -82,7 +82,9 @@ def dense_times(cost: CostModel, *, tokens: float, context: float, mode: Mode) -
     kinds = {d.name: cost.peaks[d.name] for d in devices}
     attention = {name: attention_s(model, tokens, context, mode, peak) for name, peak in kinds.items()}
     dense = {name: mlp_s(tokens, model.hidden, model.dense_intermediate, model.gated, weight_B, peak) for name, peak in kinds.items()}
-    gate = {name: roofline_s(2 * tokens * model.hidden * model.experts, model.hidden * model.experts * weight_B, peak) for name, peak in kinds.items()}
+    gate = {
+        name: roofline_s(2 * tokens * model.hidden * model.experts, model.hidden * model.experts * weight_B, peak) for name, peak in kinds.items()
+    }
     shared = {name: mlp_s(tokens, model.hidden, model.shared_intermediate, model.gated, weight_B, peak) for name, peak in kinds.items()}
     before_L = np.diff(np.asarray(model.moe_layers), prepend=-1)  # blocks up to and including this MoE layer
     per_block = attention_parameters(model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,8 @@ from moesim.result import Result
 from moesim.trace import Trace
 
 CHUNK_TOKENS = 1 << 16
+CHUNK_COUNTS = 1 << 23  # pairs of devices counted at a time: 64 MiB
+_Item = TypeVar("_Item")
 
 
 def simulate(
@@ -25,7 +29,7 @@ def simulate(
 
     The tokens are cut into steps of equal length nearest to that size, and each step is scaled to it, so that every token
     counts; `inputs["token_weight"]` says how many tokens one token stands for. Streams the trace: memory is bounded by
-    `chunk_tokens` and the counts of one chunk's steps. Raises PlanError when the plan is for something else.
+    `chunk_tokens` and `CHUNK_COUNTS`, beside a few numbers per step, layer and device. Raises PlanError when the plan is for something else.
     """
     plan.check_fits(trace.model, cluster.size, place=f"plan {plan.name!r}")
     costs = cost or CostModel.of(cluster, trace.model)
@@ -37,19 +41,20 @@ def simulate(
     outside = 0
     full = tokens_per_device * cluster.size
     steps = max(1, round(trace.tokens / full))
-    for experts, ends_S in _chunks(trace, steps, chunk_tokens):
-        traffic = route(experts, placement, cluster.node_G, ends_S=ends_S, tokens_per_step=full)
+    most_steps = max(1, CHUNK_COUNTS // (len(placement.layers) * cluster.size**2))
+    for experts, ends_S in _chunks(trace, steps, chunk_tokens, most_steps):
+        traffic = route(experts, placement, cluster.node_G, ends_S=ends_S, tokens_per_step=full, selections=costs.way.per_selection)
         times = costs.layer_times(traffic, placement)
         load = traffic.device_tokens_SLG(placement)
         parts.append((times.dispatch.time_s_N, times.compute_s_SLG, times.combine.time_s_N, load))
-        moving = traffic.copies_SLGG.sum(axis=0) * ~np.eye(cluster.size, dtype=bool)
+        moving = costs.copies_SLGG(traffic).sum(axis=0) * ~np.eye(cluster.size, dtype=bool)
         bytes_LGG += moving * costs.dispatch_B + np.swapaxes(moving, 1, 2) * costs.combine_B
         fan_L += traffic.fanout_devices_L * len(ends_S)
         node_fan_L += traffic.fanout_nodes_L * len(ends_S)
         outside += int(times.extrapolated_SLG.any(axis=2).sum()) + int(times.dispatch.extrapolated_N.sum())
         for port, times_seen in zip(*np.unique(times.dispatch.port_N, return_counts=True), strict=True):
             busiest[PORTS[port] if port >= 0 else "nothing sent"] += int(times_seen)
-    notes = list(costs.notes)
+    notes = [*costs.memory(placement, tokens_per_device=tokens_per_device).notes(), *costs.notes]
     weight = full * steps / trace.tokens
     if weight > 2:
         notes.append(f"the trace holds fewer tokens than one step needs: every token stands for {weight:.3g}")
@@ -87,18 +92,36 @@ def simulate(
     )
 
 
-def _chunks(trace: Trace, steps: int, chunk_tokens: int) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.int64]]]:
-    """The trace's T tokens as `steps` runs of T/steps tokens (to one token): several runs at a time, with their ends."""
+def _chunks(trace: Trace, steps: int, chunk_tokens: int, most_steps: int | None = None) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.int64]]]:
+    """The trace's T tokens as `steps` runs of T/steps tokens (to one token): several runs at a time, with their ends.
+
+    At most `most_steps` runs at a time. The next batch is read while the caller works on this one.
+    """
     ends = np.arange(1, steps + 1) * trace.tokens // steps
     waiting: list[NDArray[np.uint16]] = []
     held, given = 0, 0  # tokens waiting; steps given out
-    for batch in trace.batches(rows=min(chunk_tokens, CHUNK_TOKENS)):
+    for batch in _ahead(trace.batches(rows=min(chunk_tokens, CHUNK_TOKENS))):
         waiting.append(batch.experts_TLK)
         held += len(batch)
-        first = ends[given - 1] if given else 0
+        first = int(ends[given - 1]) if given else 0
         ready = int(np.searchsorted(ends, first + held, side="right"))
-        if ready > given and (held >= chunk_tokens or ready == steps):
-            merged = np.concatenate(waiting)
-            cut = int(ends[ready - 1] - first)
-            yield merged[:cut], ends[given:ready] - first
-            waiting, held, given = [merged[cut:]], held - cut, ready
+        if ready == given or (held < chunk_tokens and ready < steps):
+            continue
+        merged = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+        start = 0
+        for begin in range(given, ready, most_steps or ready):
+            until = min(ready, begin + (most_steps or ready))
+            cut = int(ends[until - 1]) - first
+            yield merged[start:cut], ends[begin:until] - first - start
+            start = cut
+        held -= start
+        given, waiting = ready, [merged[start:]] if held else []
+
+
+def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The same items, the next one being made in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item

@@ -2,7 +2,7 @@
 
 A collective keeps the communication streams of all devices in step, so one stream stands for theirs. A stream runs one
 task at a time, the most urgent first. Collectives may take part of the devices' compute (`sm_share`) and may share
-links (`Fabric`). One SimPy event ends one task: cost grows with tasks, never with tokens.
+links (`Fabric`). One SimPy event ends all tasks that end together; cost grows with tasks, never with tokens.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class Stream:
 class Runner:
     """Pulls blocks from a program as time reaches them, runs their tasks, and reports tasks and blocks as they end."""
 
-    def __init__(
-        self, fabric: Fabric, program: Iterator[Block], *, on_task: Callable[[Task], None], on_block: Callable[[Block], None]
-    ) -> None:
+    def __init__(self, fabric: Fabric, program: Iterator[Block], *, on_task: Callable[[Task], None], on_block: Callable[[Block], None]) -> None:
         self.env: simpy.Environment = fabric.env
         self.fabric = fabric
         self.streams: dict[tuple[str, int], Stream] = {}
@@ -54,6 +52,8 @@ class Runner:
         self._left: dict[int, int] = {}  # tasks of open blocks that have not ended
         self._admitted = 0
         self._head: Task | None = None
+        self._latest: Timeout | None = None  # the event made last, and when it fires
+        self._latest_at = 0.0
 
     def run(self) -> None:
         """Run the program to its end; SimulationError names a task that can never start."""
@@ -134,18 +134,28 @@ class Runner:
         if task.load_K is not None and task.load_K.max(initial=0.0) > 0:
             self.fabric.send(task.load_K, lambda: self._arrived(stream, task), least_s=task.work_s)
             return
-        task.event = event = Timeout(env, task.left_s / self._speed if stream.computes else task.left_s, task)
-        event.callbacks.append(self._fire)
+        self._alarm(task, task.left_s / self._speed if stream.computes else task.left_s)
+
+    def _alarm(self, task: Task, delay_s: float) -> None:
+        """Wake up for a task; tasks that end at the same time, as those of equal devices do, share one event."""
+        at = self.env.now + delay_s
+        event = self._latest
+        if event is None or at != self._latest_at or event.callbacks is None:
+            self._latest_at = at
+            self._latest = event = Timeout(self.env, delay_s, [])
+            event.callbacks.append(self._fire)
+        event._value.append(task)
+        task.event = event
 
     def _fire(self, event: simpy.Event) -> None:
-        task: Task = event._value
         self.events += 1
-        if task.event is event:
-            stream = task.on
-            if stream.pausing:
-                self._yield(stream, task)
-            else:
-                self._end(stream, task)
+        for task in event._value:
+            if task.event is event:  # else its time has changed since
+                stream = task.on
+                if stream.pausing:
+                    self._yield(stream, task)
+                else:
+                    self._end(stream, task)
 
     def _arrived(self, stream: Stream, task: Task) -> None:
         self.events += 1
@@ -183,8 +193,7 @@ class Runner:
         boundary = max(1, math.ceil(done / task.chunk_s - 1e-9)) * task.chunk_s
         if boundary < task.left_s * (1 - 1e-9):
             stream.pausing = True
-            task.event = event = Timeout(self.env, max(0.0, boundary - done), task)
-            event.callbacks.append(self._fire)
+            self._alarm(task, max(0.0, boundary - done))
 
     def _yield(self, stream: Stream, task: Task) -> None:
         now = self.env.now
@@ -213,5 +222,4 @@ class Runner:
                 task.left_s = max(0.0, task.left_s - (now - task.since) * before)
                 stream.busy_s += now - task.since
                 task.since = now
-                task.event = event = Timeout(self.env, task.left_s / self._speed, task)
-                event.callbacks.append(self._fire)
+                self._alarm(task, task.left_s / self._speed)

@@ -28,8 +28,8 @@ class Task:
     """
 
     __slots__ = (
-        "after", "block", "cause", "chunk", "chunk_s", "device", "end", "event", "idle_since", "kind", "label", "left_s", "load_K", "next", "on", "priority", "since",
-        "sm_share", "start", "stream", "turn", "waiting", "work_s",
+        "after", "block", "cause", "chunk", "chunk_s", "device", "end", "event", "idle_since", "kind", "label", "left_s",
+        "load_K", "next", "on", "priority", "since", "sm_share", "start", "stream", "turn", "waiting", "work_s",
     )  # fmt: skip
 
     def __init__(

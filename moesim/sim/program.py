@@ -1,0 +1,286 @@
+"""Program: the tasks of every step and layer of a model under a system, one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.cost import CostModel
+from moesim.plan import Placement
+from moesim.sim.dense import DenseTimes, gather_s, optimizer_s
+from moesim.sim.hops import LinkLoads
+from moesim.sim.layers import Pass
+from moesim.sim.tasks import Block, Task
+from moesim.systems.mechanisms import Ring, System
+from moesim.systems.routing import Routed
+
+Floats = NDArray[np.float64]
+GRADIENT_B = 2.0  # bytes of one reduced gradient
+GRADIENT_PIECES = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Some consecutive steps, from step `first` on, with their times."""
+
+    first: int
+    routed: Routed
+    forward: Pass
+    backward: Pass | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What all steps of a run share.
+
+    variants     the cost model under each transport of the system's exchange
+    fetch_s_G    copy of one layer's experts, for systems with a ring
+    contention   traffic shares links; otherwise exchanges take the cost model's time and traffic takes turns
+    """
+
+    cost: CostModel
+    variants: list[CostModel]
+    placement: Placement
+    system: System
+    dense: DenseTimes
+    project_s_G: Sequence[float]
+    fetch_s_G: Sequence[float]
+    links: LinkLoads
+    contention: bool
+
+
+class Program:
+    """Builds the blocks of steps in order. `exchanges` counts all-to-alls that carry something, `gathers_K` sums the bytes
+    that gathers and reductions put on each link."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.devices = range(setting.cost.cluster.size)
+        self.exchanges = 0
+        self.gathers_K = np.zeros(len(setting.links.wiring.capacity_K))
+        apart = setting.system.schedule.tiers_apart
+        shared = setting.contention
+        self._weights = "weights" if shared else "inter" if apart else "exchange"
+        self._gradients = "gradients" if shared else self._weights
+        self._ring: dict[int, list[Task]] = {}  # layers counted from the first step → copies of their experts
+        self._counted = 0
+        self._ready: list[Sequence[Task]] = [() for _ in self.devices]  # what the next layer waits for on each device
+        self._beside: Sequence[Task] = ()  # what the last attention waited for, so that gathers run beside it
+        self._reduces: list[Task] = []
+
+    def blocks(self, chunk: Chunk) -> Iterator[Block]:
+        """Blocks of the chunk's steps."""
+        steps, layers = chunk.forward.degree_SL.shape
+        for s in range(steps):
+            for layer in range(layers):
+                yield self._forward(chunk, s, layer, last=chunk.backward is None and layer == layers - 1)
+            if chunk.backward is not None:
+                for layer in reversed(range(layers)):
+                    yield self._backward(chunk, chunk.backward, s, layer)
+                yield self._update(chunk.first + s)
+
+    def _forward(self, chunk: Chunk, s: int, layer: int, *, last: bool) -> Block:
+        setting, system = self.setting, self.setting.system
+        label = (chunk.first + s, layer)
+        tasks: list[Task] = []
+        if layer == 0 and chunk.routed.context_tokens:  # every device needs the hidden states of all new tokens
+            size_B = chunk.routed.context_tokens * setting.cost.dispatch_B
+            self._collect(tasks, "gather", self._weights, size_B, self._all(self._ready), label)
+            self._ready = [(tasks[0],) for _ in self.devices]
+        front = self._each(tasks, "attention", setting.dense.attention_LG[layer].tolist(), self._ready, label)
+        self._beside = self._all(self._ready)
+        shared = setting.dense.shared_G.tolist()
+        if any(shared) and not system.schedule.shared_beside:
+            front = self._each(tasks, "shared", shared, front, label)
+        front = self._each(tasks, "gate", setting.dense.gate_G.tolist(), front, label)
+        gates = self._all(front)
+        if any(shared) and system.schedule.shared_beside:
+            self._each(tasks, "shared", shared, front, label)
+        needed = self._gather(tasks, chunk, s, layer, label)
+        needed_G = [(*needed, *(self._ring.get(self._counted, [])[g : g + 1])) for g in self.devices]
+        ends = self._experts(tasks, chunk, chunk.forward, s, layer, label, front, needed_G)
+        if system.ring:
+            self._ring.pop(self._counted, None)
+            self._fetch(tasks, label, system.ring)
+        return self._close(tasks, label, gates, ends, last=last)
+
+    def _backward(self, chunk: Chunk, times: Pass, s: int, layer: int) -> Block:
+        setting, system = self.setting, self.setting.system
+        label = (chunk.first + s, layer)
+        tasks: list[Task] = []
+        before, beside = self._all(self._ready), self._beside
+        late: list[Task] = []
+        needed = self._gather(late, chunk, s, layer, label, after=beside)
+        ends = self._experts(tasks, chunk, times, s, layer, label, self._ready, [needed for _ in self.devices])
+        tasks += late  # the block's first task must come before all of the next block's
+        done = self._all(ends)
+        self._beside = done
+        if needed:  # gradients of gathered experts go back to their owners the way the experts came
+            size_B = int(chunk.routed.gathered_SL[s, layer]) * setting.cost.model.expert_B
+            self._reduces.append(self._collect(tasks, "reduce", self._gradients, size_B, done, label))
+        spent = 2 * (setting.dense.attention_LG[layer] + setting.dense.shared_G + setting.dense.gate_G)
+        ready = self._each(tasks, "attention", spent.tolist(), ends, label)
+        if system.schedule.gradients_in_gaps:
+            self._reduce(tasks, label, layer, self._all(ready), pieces=GRADIENT_PIECES, priority=1)
+        block = self._close(tasks, label, before, ends, last=False)
+        self._ready = list(ready)
+        return block
+
+    def _update(self, step: int) -> Block:
+        """Reduce what gradients are left, then the optimizer on every device."""
+        setting, placement, model = self.setting, self.setting.placement, self.setting.cost.model
+        label = (step, -1)
+        tasks: list[Task] = []
+        if not setting.system.schedule.gradients_in_gaps:
+            for layer in reversed(range(len(setting.dense.parameters_L))):
+                self._reduce(tasks, label, layer, self._all(self._ready), pieces=1, priority=0)
+        waits = [(*ready, *self._reduces) for ready in self._ready]
+        layers = len(setting.dense.parameters_L)
+        dense = float(setting.dense.parameters_L.sum()) / len(self.devices)  # optimizer state is sharded over the devices
+        devices = setting.cost.cluster.devices
+        spent = [
+            optimizer_s(dense + layers * int(placement.slots_G[g]) * model.expert_parameters, setting.cost.peaks[devices[g].name])
+            for g in self.devices
+        ]
+        ends = self._each(tasks, "optimizer", spent, waits, label)
+        self._reduces = []
+        return self._close(tasks, label, (), ends, last=True)
+
+    def _reduce(self, tasks: list[Task], label: tuple[int, int], layer: int, after: Sequence[Task], *, pieces: int, priority: int) -> None:
+        """All-reduce of a layer's replicated gradients: dense weights, and experts with several slots."""
+        setting, placement = self.setting, self.setting.placement
+        doubled = float((placement.replicas_LE[layer] > 1).sum()) * setting.cost.model.expert_parameters
+        size_B = (float(setting.dense.parameters_L[layer]) + doubled) * GRADIENT_B
+        if len(self.devices) > 1:  # reduce-scatter and all-gather
+            self._reduces.append(self._collect(tasks, "reduce", self._gradients, size_B, after, label, rounds=2, pieces=pieces, priority=priority))
+
+    def _gather(
+        self, tasks: list[Task], chunk: Chunk, s: int, layer: int, label: tuple[int, int], *, after: Sequence[Task] | None = None
+    ) -> Sequence[Task]:
+        """Gather of hot experts beside attention, if the routing asks for one."""
+        size_B = int(chunk.routed.gathered_SL[s, layer]) * self.setting.cost.model.expert_B
+        return (self._collect(tasks, "gather", self._weights, size_B, self._beside if after is None else after, label),) if size_B else ()
+
+    def _collect(
+        self,
+        tasks: list[Task],
+        kind: str,
+        stream: str,
+        size_B: float,
+        after: Sequence[Task],
+        label: tuple[int, int],
+        *,
+        rounds: int = 1,
+        pieces: int = 1,
+        priority: int = 0,
+    ) -> Task:
+        """A collective of `rounds` gathers or scatters of `size_B`, that may be interrupted between `pieces`."""
+        setting = self.setting
+        work_s = rounds * gather_s(setting.cost, size_B)
+        load_K = rounds * setting.links.gather(size_B)
+        self.gathers_K += load_K
+        task = Task(
+            kind,
+            stream,
+            work_s,
+            after,
+            label=label,
+            load_K=load_K if setting.contention else None,
+            chunk_s=work_s / pieces if pieces > 1 else 0.0,
+            priority=priority,
+        )
+        tasks.append(task)
+        return task
+
+    def _experts(
+        self,
+        tasks: list[Task],
+        chunk: Chunk,
+        times: Pass,
+        s: int,
+        layer: int,
+        label: tuple[int, int],
+        front: Sequence[Sequence[Task]],
+        needed_G: Sequence[Sequence[Task]],
+    ) -> Sequence[Sequence[Task]]:
+        """Dispatch, experts and combine of all parts; returns what waits on each device for their end."""
+        parts = int(times.degree_SL[s, layer])
+        project = self.setting.project_s_G
+        if any(project):
+            front = self._each(tasks, "encode", project, front, label)
+        begin = self._all(front)
+        there, last_there = self._cross(tasks, chunk, times, s, layer, label, [begin] * parts, back=False)
+        compute = times.compute_SLG[s, layer].tolist()
+        computed: list[Sequence[Task]] = []
+        for i in range(parts):
+            group = []
+            for g in self.devices:
+                after = (there[i], *needed_G[g]) if i == 0 else (there[i],)
+                group.append(Task("experts", "compute", compute[g], after, device=g, label=label, chunk=i))
+            tasks += group
+            computed.append(group)
+        # no part returns before all have left: the stage order that pipeline_span assumes
+        back, _ = self._cross(tasks, chunk, times, s, layer, label, [[*group, *last_there] for group in computed], back=True)
+        ends: Sequence[Sequence[Task]] = [(back[-1],) for _ in self.devices]
+        return self._each(tasks, "decode", project, ends, label) if any(project) else ends
+
+    def _cross(
+        self, tasks: list[Task], chunk: Chunk, times: Pass, s: int, layer: int, label: tuple[int, int], after: Sequence[Sequence[Task]], *, back: bool
+    ) -> tuple[list[Task], Sequence[Task]]:
+        """One exchange in parts: its last task of every part, and the last task of each of its streams."""
+        setting, parts = self.setting, len(after)
+        crossing = times.back if back else times.there
+        kind, sm_share = "combine" if back else "dispatch", setting.system.exchange.sm_share
+        link_K, nic_K = self._loads(chunk, times, s, layer, parts, back=back) if setting.contention else (None, None)
+        if setting.system.schedule.tiers_apart:
+            stages = [("inter", float(crossing.nic_SL[s, layer]), nic_K), ("intra", float(crossing.link_SL[s, layer]), link_K)]
+        else:
+            both = None if link_K is None or nic_K is None else link_K + nic_K
+            stages = [("exchange", float(crossing.whole_SL[s, layer]), both)]
+        self.exchanges += parts * (crossing.whole_SL[s, layer] > 0)
+        last: list[Task] = []
+        for stream, work_s, load_K in reversed(stages) if back else stages:
+            share = sm_share if work_s > 0 else 0.0
+            made = [Task(kind, stream, work_s, after[i], label=label, chunk=i, load_K=load_K, sm_share=share) for i in range(parts)]
+            tasks += made
+            last.append(made[-1])
+            after = [(task,) for task in made]
+        return made, last
+
+    def _loads(self, chunk: Chunk, times: Pass, s: int, layer: int, parts: int, *, back: bool) -> tuple[Floats, Floats]:
+        """Loads of one part of an exchange inside nodes and between them."""
+        cost = self.setting.variants[int(times.transport_SL[s, layer])]
+        returning = back if times is chunk.forward else not back  # the backward pass goes the combine's way first
+        copies = chunk.routed.copies(cost, back=returning)
+        size_B = (cost.combine_B if returning else cost.dispatch_B) * self.setting.system.exchange.bytes_scale / parts
+        return self.setting.links.exchange(copies.pairs_SLGG[s, layer], copies.nodes_SLGN[s, layer], size_B, cost.algorithm, back=back)
+
+    def _fetch(self, tasks: list[Task], label: tuple[int, int], ring: Ring) -> None:
+        """Copy of the experts of the layer that takes over this layer's slot of the ring."""
+        layers = len(self.setting.dense.parameters_L)
+        if ring.layers < layers:
+            last = {task.device: task for task in tasks if task.kind == "experts"}
+            made = [Task("fetch", "h2d", self.setting.fetch_s_G[g], (last[g],), device=g, label=label) for g in self.devices]
+            tasks += made
+            self._ring[self._counted + ring.layers] = made
+        self._counted += 1
+
+    def _close(self, tasks: list[Task], label: tuple[int, int], before: Sequence[Task], ends: Sequence[Sequence[Task]], *, last: bool) -> Block:
+        self._ready = list(ends)
+        return Block(label=label, tasks=tasks, span=(before, self._all(ends)), last=last)
+
+    def _each(
+        self, tasks: list[Task], kind: str, work_s: Sequence[float], after: Sequence[Sequence[Task]], label: tuple[int, int]
+    ) -> list[tuple[Task]]:
+        """One compute task per device."""
+        made = [Task(kind, "compute", work_s[g], after[g], device=g, label=label) for g in self.devices]
+        tasks += made
+        return [(task,) for task in made]
+
+    @staticmethod
+    def _all(per_device: Sequence[Sequence[Task]]) -> Sequence[Task]:
+        """Every task some device waits for, once."""
+        return list({id(task): task for waits in per_device for task in waits}.values())

@@ -1,0 +1,104 @@
+"""Mechanisms: the few ways published systems change how a MoE layer runs. A `System` composes them.
+
+Routing   which tokens go where, and which experts are on a device for the step (moesim.systems.routing)
+Exchange  what the all-to-alls carry and how they travel
+Schedule  what runs beside what
+Ring      expert weights that do not stay on the device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moesim.cost import TRANSPORTS
+from moesim.errors import InputError
+from moesim.systems.routing import Plain, Routing
+
+
+def _at_least(what: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise InputError(f"{what}={value!r}: must be >= {least:g}; correct the system")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exchange:
+    """The two all-to-alls of a layer.
+
+    transports   ways to travel to choose from in every step and layer (`moesim.cost.TRANSPORTS`); None: the cost model's
+    bytes_scale  bytes of a token copy over those of its hidden state (projected or clustered tokens)
+    project      width of a projection of every token before dispatch and back after combine, over the hidden size
+    sm_share     share of the compute the communication kernels take while they run
+    """
+
+    transports: tuple[str | None, ...] = (None,)
+    bytes_scale: float = 1.0
+    project: float = 0.0
+    sm_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least("bytes_scale", self.bytes_scale, 0)
+        _at_least("project", self.project, 0)
+        if not self.transports or not set(self.transports) <= {None, *TRANSPORTS}:
+            raise InputError(f"transports {self.transports}: give at least one of {', '.join(TRANSPORTS)}, or None for the cost model's")
+        if not 0 <= self.sm_share < 1:
+            raise InputError(f"sm_share={self.sm_share}: give a share in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """What runs beside what.
+
+    forward, backward    pipeline degrees to choose from in every step and layer: tokens in r parts, experts of one part
+                         beside the all-to-all of the next
+    tiers_apart          links inside nodes and NICs are separate stages, so that they too run beside each other
+    shared_beside        shared experts run beside the dispatch, not before it
+    gradients_in_gaps    gradient reduction runs in pieces beside the backward pass, giving way to all-to-alls
+    """
+
+    forward: tuple[int, ...] = (1,)
+    backward: tuple[int, ...] = (1,)
+    tiers_apart: bool = False
+    shared_beside: bool = False
+    gradients_in_gaps: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward"):
+            degrees = getattr(self, name)
+            if not degrees or any(not isinstance(r, int) or r < 1 for r in degrees):
+                raise InputError(f"{name} pipeline degrees {degrees}: give whole numbers >= 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ring:
+    """Experts of `layers` layers fit on the device; the next are copied from the host into the slot that becomes free.
+
+    `link` names a packaged link profile to copy over; None takes the slot of the cluster's host.
+    """
+
+    layers: int
+    link: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("ring layers", self.layers, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class System:
+    """How a published system runs a MoE layer: a composition of mechanisms, with what to hold it to.
+
+    paper names the publication, headline what it claims, check how this model of it is verified.
+    """
+
+    name: str
+    title: str
+    paper: str
+    headline: str
+    check: str
+    routing: Routing = field(default_factory=Plain)
+    exchange: Exchange = field(default_factory=Exchange)
+    schedule: Schedule = field(default_factory=Schedule)
+    ring: Ring | None = None
+
+
+SystemMaker = Callable[..., System]
