@@ -42,14 +42,21 @@ TRUE = ProtocolPort(
     ramp=0.5,
     ramp_B=1.5e7,
 )
-TRUE_PORTS = Ports(
-    link=LinearPort(latency_s=4e-5, bandwidth_Bps=1.5e11), nic=LinearPort(latency_s=3e-5, bandwidth_Bps=4.5e10)
-)
+TRUE_PORTS = Ports(link=LinearPort(latency_s=4e-5, bandwidth_Bps=1.5e11), nic=LinearPort(latency_s=3e-5, bandwidth_Bps=4.5e10))
 SIZES = 2 ** np.arange(9, 30)
 NCCL_COLUMNS = ("nccl_version", "op", "dtype", "num_gpus", "bytes", "latency_ms")
 DEEPEP_COLUMNS = (
-    "mode", "ep_size", "gpus_per_node", "op", "tokens_per_rank", "hidden", "topk", "topk_groups", "dtype",
-    "bandwidth_GBps", "latency_us",
+    "mode",
+    "ep_size",
+    "gpus_per_node",
+    "op",
+    "tokens_per_rank",
+    "hidden",
+    "topk",
+    "topk_groups",
+    "dtype",
+    "bandwidth_GBps",
+    "latency_us",
 )
 
 
@@ -144,8 +151,11 @@ def test_cross_validation_sees_what_a_curve_cannot_know(tmp_path):
 
 
 def test_medians_pool_repeats_and_types_but_not_types_of_reductions(tmp_path):
-    rows = [("2.29.2", op, dtype, 8, 1024, ms) for op in ("all_to_all", "all_reduce")
-            for dtype, ms in (("half", 1.0), ("half", 3.0), ("half", 1.5), ("int8", 9.0))]
+    rows = [
+        ("2.29.2", op, dtype, 8, 1024, ms)
+        for op in ("all_to_all", "all_reduce")
+        for dtype, ms in (("half", 1.0), ("half", 3.0), ("half", 1.5), ("int8", 9.0))
+    ]
     rows.append(("2.23", "all_to_all", "half", 8, 1024, 77.0))
     reduce_, exchange = read_nccl(write(tmp_path / "t.csv", NCCL_COLUMNS, rows))
     assert (exchange.op, reduce_.op) == ("all_to_all", "all_reduce")

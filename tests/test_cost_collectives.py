@@ -48,8 +48,7 @@ FORWARDED = {"algorithm": "forwarded"}
 ALGORITHMS = ("flat", "hierarchical", "forwarded")
 
 matrices = st.integers(0, 2**32 - 1).map(
-    lambda seed: np.random.default_rng(seed).integers(0, 1000, (3, 8, 8)) * 7168.0
-    * (np.random.default_rng(seed + 1).random((3, 8, 8)) < 0.7)
+    lambda seed: np.random.default_rng(seed).integers(0, 1000, (3, 8, 8)) * 7168.0 * (np.random.default_rng(seed + 1).random((3, 8, 8)) < 0.7)
 )
 
 
@@ -94,9 +93,7 @@ def test_uniform_hierarchical_closed_form():
 def test_uniform_forwarded_closed_form():
     m, kept = 1e6, 2.5e6
     node_traffic = np.full((8, 2), kept)
-    result = all_to_all_time(
-        np.full((8, 8), m), NODES, PORTS_2, algorithm="forwarded", node_traffic_NGM=node_traffic
-    )
+    result = all_to_all_time(np.full((8, 8), m), NODES, PORTS_2, algorithm="forwarded", node_traffic_NGM=node_traffic)
     assert result.nic_s_N == pytest.approx(NIC.latency_s + NIC.message_s + kept / NIC.bandwidth_Bps)
     assert result.link_s_N == pytest.approx(CURVE.time_s(4 * 2 * m, ranks=4)[0])
     assert result.time_s_N == max(result.link_s_N, result.nic_s_N)
@@ -305,7 +302,12 @@ def test_curve_nearest_in_ranks_is_picked():
     switch = dataclasses.replace(CURVE, op="all_reduce", ranks=(8, 8))
     curves = [CURVE, ring, switch]
     assert [pick_curve(curves, op="all_reduce", ranks=n) for n in (2, 4, 5, 7, 8, 64)] == [
-        ring, ring, ring, switch, switch, switch,
+        ring,
+        ring,
+        ring,
+        switch,
+        switch,
+        switch,
     ]
     with pytest.raises(ProfileError, match="all_gather"):
         pick_curve(curves, op="all_gather", ranks=8)
@@ -364,8 +366,14 @@ def test_bad_parameters_are_refused():
 
 def fitted(form: str, parameters: dict[str, float], valid: dict[str, list[float]]) -> Fitted:
     return Fitted(
-        kind="collective", name="lib", attributes={"op": "all_to_all", "form": form}, parameters=parameters,
-        residuals={}, valid=valid, source="test", date="2026-11-22",
+        kind="collective",
+        name="lib",
+        attributes={"op": "all_to_all", "form": form},
+        parameters=parameters,
+        residuals={},
+        valid=valid,
+        source="test",
+        date="2026-11-22",
     )
 
 

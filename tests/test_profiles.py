@@ -90,9 +90,7 @@ def read(path: Path) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def numbers(
-    data: Any, path: str = "$", provenance: tuple[Any, Any] = (None, None)
-) -> Iterator[tuple[str, Any, Any]]:
+def numbers(data: Any, path: str = "$", provenance: tuple[Any, Any] = (None, None)) -> Iterator[tuple[str, Any, Any]]:
     """(path, source, confidence) of every number or quantity text; written apart from the loader's."""
     if isinstance(data, dict):
         provenance = (data.get("source", provenance[0]), data.get("confidence", provenance[1]))

@@ -74,7 +74,7 @@ def check_table(table: pd.DataFrame, *, place: str = "kernel table") -> pd.DataF
         table[name] = numbers if name == "latency_ms" else numbers.astype(np.int64)
     _refuse(place, table, "topk", table["topk"] > table["num_experts"], "at most num_experts")
     counted = table["distribution"] == COUNTED
-    known = counted | table["distribution"].map(lambda name: _alpha(str(name)) is not None)
+    known = table["distribution"].map(lambda name: drawable(str(name)))
     _refuse(place, table, "distribution", ~known, f"balanced, {COUNTED}, or power_law_<alpha>, alpha > 0 and not 1")
     if counted.any():
         bad = counted & pd.Series([not _counts_fit(row) for row in table.to_dict("records")])
@@ -101,6 +101,11 @@ def shapes(table: pd.DataFrame) -> list[tuple[int, ...]]:
 def with_known_counts(table: pd.DataFrame) -> pd.DataFrame:
     """The rows whose tokens per expert can be drawn again."""
     return table[[shape not in UNKNOWN_COUNTS for shape in shapes(table)]].reset_index(drop=True)
+
+
+def drawable(distribution: str) -> bool:
+    """Whether tokens per expert of this distribution are in the table or can be drawn."""
+    return distribution == COUNTED or _alpha(distribution) is not None
 
 
 def _alpha(distribution: str) -> float | None:

@@ -206,6 +206,11 @@ def _cases(table: pd.DataFrame, kernel: ExpertKernel, draws: int) -> _Cases:
 SCORES = ("n", "median_ape", "p90_ape", "mape", "bias")
 
 
+def predict_kernel(table: pd.DataFrame, peak: ComputePeak, kernel: ExpertKernel, *, draws: int = DRAWS) -> tuple[Floats, NDArray[np.bool_]]:
+    """Seconds of every row of a table under a kernel, the mean over draws of its counts, and where that extrapolates."""
+    return _cases(table, kernel, draws).time_s(peak, kernel)
+
+
 def evaluate_kernel(table: pd.DataFrame, peak: ComputePeak, kernel: ExpertKernel, *, draws: int = DRAWS) -> dict[str, Any]:
     """Errors of a kernel on a table: n, median_ape, p90_ape, mape, bias, worst rows, share extrapolated.
 

@@ -275,9 +275,7 @@ def read_deepep(path: Path, *, experts: int = 256) -> list[Exchange]:
     return exchanges
 
 
-def distinct_destinations(
-    experts: int, topk: int, ranks: int, nodes: int, groups: int
-) -> tuple[float, float]:
+def distinct_destinations(experts: int, topk: int, ranks: int, nodes: int, groups: int) -> tuple[float, float]:
     """Mean distinct devices and nodes per token when random scores pick top-k within the best `groups` nodes.
 
     Drawn with a fixed seed over 20,000 tokens (standard error below 0.2 %).
@@ -335,10 +333,10 @@ def score_ports(exchanges: Sequence[Exchange], *, leave_one_out: bool = False) -
     return evaluate(predicted_N, np.array([each.time_s for each in exchanges]), outside_N > 0)
 
 
-def nccl_tables(path: Path, *, source: str, date: datetime.date) -> list[dict[str, Any]]:
+def nccl_tables(found: Sequence[Points], *, source: str, date: datetime.date) -> list[dict[str, Any]]:
     """`[[collectives]]` tables of a device: one protocol curve per op, with fit and held-out residuals."""
     tables = []
-    for points in read_nccl(path):
+    for points in found:
         for part in split_algorithms(points):
             curve = fit_curve(part)
             head = {"name": "nccl", "op": part.op, "form": "protocols", "source": source}

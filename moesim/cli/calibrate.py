@@ -1,30 +1,122 @@
-"""`moesim calibrate`: fit the cost model to this machine."""
+"""`moesim calibrate`: fit the cost model to this machine or to tables of measurements, or judge shipped parameters by them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from moesim.cli.options import AsJson, Force, Seed
 
 NAME = "calibrate"
-EPILOG = "Example: moesim calibrate --device cpu --model qwen3-30b-a3b -o my-cpu.toml"
+EPILOG = (
+    "Examples: moesim calibrate --device cpu --model qwen3-30b-a3b -o my-cpu.toml · "
+    "moesim calibrate --from kernels.csv --from nccl.csv -o mine.toml · moesim calibrate --from kernels.csv --profile h100-sxm --evaluate --json"
+)
 
 
 def run(
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    tables: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from", help="A table to fit (.csv, .parquet): fused-MoE kernels, nccl-tests or DeepEP, told by its columns; may be repeated."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Measure this device instead: cpu (default) or cuda.")] = None,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Fit nothing: print how well the parameters of --profile predict the tables.")] = False,
+    profile: Annotated[str | None, typer.Option("--profile", help="With --evaluate: the device (name or .toml) whose parameters are judged.")] = None,
+    device_profile: Annotated[
+        str | None, typer.Option("--device-profile", help="With --from: the device whose peaks and memories hold; default: as the tables say.")
+    ] = None,
+    gated: Annotated[
+        bool | None, typer.Option("--gated/--plain", help="Experts have three matrices or two, where a table has no column `gated`.")
+    ] = None,
     model: Annotated[str, typer.Option("--model", help="Expert shapes are measured around this model's; a preset or a config.json.")] = "olmoe-1b-7b",
-    backend: Annotated[Literal["loop", "grouped"], typer.Option("--backend", help="How experts are computed.")] = "loop",
+    backend: Annotated[Literal["loop", "grouped"], typer.Option("--backend", help="How experts are computed on the measured device.")] = "loop",
     experts: Annotated[int, typer.Option("--experts", min=1, help="Resident experts in the measured layers.")] = 8,
     most_tokens: Annotated[int, typer.Option("--most-tokens", min=16, help="Largest number of selections in a measured layer.")] = 2048,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The device profile to write.")] = Path("profile.toml"),
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The device profile to write (default profile.toml); with --evaluate, the scores as JSON.")
+    ] = None,
     seed: Seed = 1,
     json: AsJson = False,
     force: Force = False,
 ) -> None:
-    """Measure this device's ceilings and expert GEMMs over shapes and loads, and write a profile with fit and residuals."""
+    """Fit this device or tables of measurements into a profile with residuals, or evaluate a shipped profile on tables.
+
+    An evaluation takes peaks and links from the device each row names, where it ships, and parameters from --profile.
+    """
+    from moesim.errors import InputError
+
+    if evaluate:
+        if not tables or profile is None or device or device_profile:
+            raise InputError("--evaluate needs --from FILE and --profile NAME, and neither --device nor --device-profile; see moesim calibrate -h")
+        _evaluate(tables, profile, gated, output, json=json, force=force)
+    elif tables:
+        if device or profile:
+            raise InputError(f"--from fits tables; drop {'--device' if device else '--profile, or add --evaluate'}")
+        _fit(tables, device_profile, gated, output or Path("profile.toml"), json=json, force=force)
+    elif profile or device_profile or gated is not None:
+        raise InputError("--profile, --device-profile and --gated/--plain go with --from FILE")
+    else:
+        _measure(device or "cpu", model, backend, experts, most_tokens, output or Path("profile.toml"), seed, json=json, force=force)
+
+
+def _evaluate(tables: list[Path], profile: str, gated: bool | None, output: Path | None, *, json: bool, force: bool) -> None:
+    from moesim.calibrate.evaluate import evaluate
+    from moesim.cli.screen import emit_json, note, table
+    from moesim.files import check_output, write_json
+    from moesim.units import human
+
+    if output:
+        check_output(output, force=force)
+    found = evaluate(tables, profile, gated=gated)
+    if output:
+        write_json(output, {"schema_version": 1, **found})
+    if json:
+        emit_json(found)
+        return
+
+    def cells(name: str, e: dict[str, Any]) -> list[str]:
+        return [name, str(e["n"]), *(f"{e[key]:.1%}" for key in ("median_ape", "p90_ape", "mape")), f"{e['bias']:+.1%}", str(e["extrapolated"])]
+
+    rows = [cells("all", found), *(cells(name, each) for name, each in found["groups"].items())]
+    columns = ["rows", "n", "median", "P90", "MAPE", "bias", "extrapolated"]
+    table(f"Parameters of {found['profile']} on {', '.join(path.name for path in tables)}; nothing was fitted", columns, rows)
+    for row in found["worst"]:
+        what = ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("predicted_s", "measured_s", "error"))
+        print(f"worst: {row['error']:+.0%}, {human(row['predicted_s'], 's')} for {human(row['measured_s'], 's')}: {what}")
+    for entry in found["used"]:
+        note(f"{entry['rows']} rows of {entry['table']} predicted with {entry['parameters']}" + (f" ({entry['how']})" if "how" in entry else ""))
+    note(*(f"left out: {count} rows: {reason}" for reason, count in found["left_out"].items()))
+    note(*(f"note: {line}" for line in found["notes"]))
+
+
+def _fit(tables: list[Path], device_profile: str | None, gated: bool | None, output: Path, *, json: bool, force: bool) -> None:
+    from moesim.calibrate.fit import fit_tables
+    from moesim.cli.screen import emit_json, note, progress, table
+    from moesim.files import check_output, write_text
+
+    check_output(output, force=force)
+    with progress("fitting") as report:
+        text, summary = fit_tables(tables, name=output.stem, device_profile=device_profile, gated=gated, progress=report)
+    write_text(output, text)
+    if json:
+        emit_json({"profile": str(output), **summary})
+        return
+    rows = []
+    for fit in summary["fits"]:
+        errors = fit["residuals"]
+        held_out = [f"{errors[key]:.1%}" if key in errors else "-" for key in ("held_out_median_ape", "held_out_p90_ape")]
+        name = f"{fit['name']} {fit.get('dtype') or fit['op']}"
+        rows.append([name, f"{errors['n']:.0f}", f"{errors['median_ape']:.1%}", f"{errors['p90_ape']:.1%}", *held_out])
+    table(f"Fitted, with facts of {summary['facts_of']}", ["parameters", "n", "median", "P90", "held-out median", "held-out P90"], rows)
+    note(*(f"left out: {count} rows: {reason}" for reason, count in summary["left_out"].items()))
+    print(f"wrote {output}")
+
+
+def _measure(device: str, model: str, backend: Any, experts: int, most_tokens: int, output: Path, seed: int, *, json: bool, force: bool) -> None:
     from moesim.calibrate.kernels import profile_fragment
     from moesim.cli.screen import emit_json, progress
     from moesim.files import check_output, write_text
@@ -52,12 +144,8 @@ def run(
             progress=report,
         )
     source = f"moesim calibrate on {found.hardware.get('gpu') or found.hardware['cpu']}, torch {found.hardware['torch']}"
-    write_text(
-        output,
-        profile_text(found, name=output.stem, source=source)
-        + "\n"
-        + profile_fragment(found.fit, framework="torch", version=found.hardware["torch"], source=source, date=found.date),
-    )
+    fragment = profile_fragment(found.fit, framework="torch", version=found.hardware["torch"], source=source, date=found.date)
+    write_text(output, profile_text(found, name=output.stem, source=source) + "\n" + fragment)
     if json:
         emit_json({"profile": str(output), **found.to_dict()})
         return

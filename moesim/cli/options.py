@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,22 @@ Domain = Annotated[list[str] | None, typer.Option("--domain", help="Only tokens 
 Phase = Annotated[str | None, typer.Option("--phase", help="Only tokens of this phase: train, prefill or decode.")]
 TokensPerDevice = Annotated[
     int, typer.Option("--tokens-per-device", min=1, help="Tokens each device holds in one step: thousands for prefill, tens for decode.")
+]
+TransportName = Annotated[
+    str | None,
+    typer.Option(
+        "--transport",
+        help="How tokens travel: nccl, deepep-normal, deepep-low-latency or hierarchical; default: deepep-normal between equal nodes, else nccl.",
+    ),
+]
+Mode = Annotated[
+    Literal["prefill", "decode", "training"] | None,
+    typer.Option("--mode", help="What a step is: prefill (default), decode (tokens attend to --context tokens) or training."),
+]
+Context = Annotated[int | None, typer.Option("--context", min=1, help="Length of a sequence in tokens, for attention. Default: 4096.")]
+Contention = Annotated[
+    bool | None,
+    typer.Option("--contention", help="Traffic shares the links of the cluster's graph; without it, traffic of one kind takes turns."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moesim.cli.options import AsJson, ClusterName, Domain, Force, Phase, Seed, Tokens, TokensPerDevice, TracePath
+from moesim.cli.options import AsJson, ClusterName, Domain, Force, Phase, Seed, Tokens, TokensPerDevice, TracePath, TransportName
 
 NAME = "place"
 EPILOG = "Example: moesim place traces/run1 --tokens 0%:50% --cluster h100x8 --solver local-search -o plan.json"
@@ -26,6 +26,7 @@ def run(
     domain: Domain = None,
     phase: Phase = None,
     tokens_per_device: TokensPerDevice = 4096,
+    transport: TransportName = None,
     time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds the solver may take.")] = 30.0,
     seed: Seed = 0,
     json: AsJson = False,
@@ -36,6 +37,7 @@ def run(
     Exit code 1 and no file when no placement can exist.
     """
     from moesim.cli.screen import emit_json, note, open_trace, progress, result_rows, table
+    from moesim.cost import CostModel
     from moesim.files import check_output
     from moesim.hardware import load_cluster
     from moesim.optimize import Problem, load_solver, place, score
@@ -45,8 +47,9 @@ def run(
     where = load_cluster(cluster)
     source = open_trace(trace, tokens=tokens, domain=domain, phase=phase)
     total = slots if slots is not None else source.model.experts + replicas if replicas else None
+    cost = CostModel.of(where, source.model, transport=transport)
     with progress("reading the trace"):
-        problem = Problem.of(source, where, slots=total, dispatch=dispatch, tokens_per_device=tokens_per_device)
+        problem = Problem.of(source, where, slots=total, dispatch=dispatch, tokens_per_device=tokens_per_device, cost=cost)
     with progress(f"{solver}:") as report:
         plan, solution = place(
             problem,
@@ -63,7 +66,7 @@ def run(
         note(f"infeasible: {solution.notes.get('reason', 'the solver found no placement')}")
         raise typer.Exit(1)
     plan.save(output, force=force)
-    result = score(source, [plan], where, tokens_per_device=tokens_per_device, cost=problem.cost)[0]
+    result = score(source, [plan], where, tokens_per_device=tokens_per_device, cost=cost)[0]
     summary = {**result.summary(), "on": f"the tokens it learnt from ({source.selection})"}
     if json:
         emit_json(

@@ -49,6 +49,7 @@ def run(
                     "node_of_device": cluster.node_G.tolist(),
                     "unverified": list(cluster.weak_facts),
                     "network": cluster.network.name if cluster.network else None,
+                    "host_of_device": [host and host.name for host in cluster.host_G] or None,
                 }
             )
             return

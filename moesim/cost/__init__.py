@@ -2,5 +2,6 @@
 
 from moesim.cost.model import CostModel, LayerTimes, Weights
 from moesim.cost.traffic import Traffic, dispatch_table, route
+from moesim.cost.transport import TRANSPORTS
 
-__all__ = ["CostModel", "LayerTimes", "Traffic", "Weights", "dispatch_table", "route"]
+__all__ = ["TRANSPORTS", "CostModel", "LayerTimes", "Traffic", "Weights", "dispatch_table", "route"]

@@ -43,9 +43,7 @@ class LinearPort:
     def __post_init__(self) -> None:
         _check_port(self, may_be_zero=("latency_s", "message_s"))
 
-    def time_s(
-        self, bytes_N: ArrayLike, *, messages_N: ArrayLike, largest_N: ArrayLike, ranks: ArrayLike
-    ) -> Floats:
+    def time_s(self, bytes_N: ArrayLike, *, messages_N: ArrayLike, largest_N: ArrayLike, ranks: ArrayLike) -> Floats:
         """Seconds to move `bytes_N` in `messages_N` messages; 0 for no bytes. The rest does not matter."""
         load_N = np.asarray(bytes_N, dtype=np.float64)
         time_N = self.latency_s + self.message_s * np.asarray(messages_N) + load_N / self.bandwidth_Bps
@@ -86,9 +84,7 @@ class ProtocolPort:
     def __post_init__(self) -> None:
         _check_port(self, may_be_zero=("short_message_s", "long_message_s", "ramp", "ramp_B"))
 
-    def time_s(
-        self, bytes_N: ArrayLike, *, messages_N: ArrayLike, largest_N: ArrayLike, ranks: ArrayLike
-    ) -> Floats:
+    def time_s(self, bytes_N: ArrayLike, *, messages_N: ArrayLike, largest_N: ArrayLike, ranks: ArrayLike) -> Floats:
         """Seconds to move `bytes_N` in `messages_N` messages, the largest of `largest_N` bytes."""
         load_N, messages_N = np.asarray(bytes_N, dtype=np.float64), np.asarray(messages_N, dtype=np.float64)
         ranks_N = np.asarray(ranks, dtype=np.float64)
@@ -333,8 +329,7 @@ def _paired_loads(link: Floats, nic: Floats) -> tuple[Floats, Floats, Floats]:
     link_SL, nic_SL = _sides(link, peers), np.swapaxes(_sides(nic, remote), -1, -2)
     shape = (2, *lead, count * local)
     bytes_PNG, messages_PNG = (
-        np.concatenate([inside.reshape(shape), between.reshape(shape)])
-        for inside, between in zip(link_SL, nic_SL, strict=True)
+        np.concatenate([inside.reshape(shape), between.reshape(shape)]) for inside, between in zip(link_SL, nic_SL, strict=True)
     )
     return bytes_PNG, messages_PNG, _largest(link, peers).reshape(shape)
 
@@ -358,10 +353,7 @@ def _node_copies(node_traffic_NGM: ArrayLike | None, blocks: Floats, order: Ints
 def _sides(matrix: Floats, mask: Floats) -> Floats:
     """[2, 2, ..., G] bytes and messages, sent and received, of a matrix [..., G, G] where `mask` is 1."""
     sent = matrix > 0  # einsum with a mask: a masked copy of a large batch costs more than all the sums
-    return np.stack([
-        np.stack([np.einsum("...gh,gh->...g", each, mask), np.einsum("...gh,gh->...h", each, mask)])
-        for each in (matrix, sent)
-    ])
+    return np.stack([np.stack([np.einsum("...gh,gh->...g", each, mask), np.einsum("...gh,gh->...h", each, mask)]) for each in (matrix, sent)])
 
 
 def _largest(matrix: Floats, mask: Floats) -> Floats:

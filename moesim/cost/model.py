@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.collectives import AllToAllTime, Ports, all_to_all_time
+from moesim.cost.attention import Mode, attention_time
+from moesim.cost.collectives import Algorithm, AllToAllTime, Ports, all_to_all_time
 from moesim.cost.experts import ComputePeak, ExpertKernel, expert_time_s
 from moesim.cost.fitted import device_kernel, device_peak, device_ports
+from moesim.cost.memory import MemoryUse, memory_use
 from moesim.cost.traffic import Traffic
+from moesim.cost.transport import TRANSPORTS, Transport, pick_transport
 from moesim.errors import InputError
 from moesim.hardware import Cluster
 from moesim.model import ModelSpec
 from moesim.plan import Placement
-
-Transport = Literal["flat", "forwarded"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +45,7 @@ class Weights:
 class CostModel:
     """Cost of MoE layers. Devices of one name share a kernel; `notes` says what is not calibrated.
 
-    dispatch_B and combine_B are bytes of one token copy each way; transport `flat` sends to every device directly (NCCL),
-    `forwarded` sends once per destination node and forwards inside it (DeepEP normal kernels).
+    dispatch_B and combine_B are bytes of one token copy each way; `transport` names how copies travel (`cost.transport`).
     """
 
     model: ModelSpec
@@ -54,7 +53,7 @@ class CostModel:
     peaks: dict[str, ComputePeak]
     kernels: dict[str, ExpertKernel]
     ports: Ports
-    transport: Transport
+    transport: str
     dispatch_B: float
     combine_B: float
     notes: tuple[str, ...]
@@ -66,21 +65,17 @@ class CostModel:
         model: ModelSpec,
         *,
         dtype: str | None = None,
-        transport: Transport | None = None,
+        transport: str | None = None,
         measured: Mapping[str, tuple[ComputePeak, ExpertKernel]] | None = None,
     ) -> CostModel:
         """Cost model from the cluster's profiles, for weights of `dtype` (default: what the checkpoint serves in).
 
-        The transport defaults to `forwarded` where several equal nodes are joined by a network, else `flat`. Fitted
-        kernels are used where a profile has them; else a roofline at typical efficiency, and a note says so. `measured`
+        The transport defaults to deepep-normal where several equal nodes are joined by a network, else nccl. Fitted kernels
+        are used where a profile has them; else a roofline at typical efficiency, and a note says so. `measured`
         replaces peaks and kernel of devices by name with what a calibration of this machine found.
         """
         wanted = dtype or {8: "fp8", 32: "fp32"}.get(int(model.weight_bits), "bf16")
-        sizes = np.unique(cluster.node_G, return_counts=True)[1]
-        regular = len(sizes) > 1 and len(set(sizes.tolist())) == 1
-        chosen = transport or ("forwarded" if regular else "flat")
-        if chosen == "forwarded" and not regular:
-            raise InputError(f"transport 'forwarded' needs several equal nodes; {cluster.name!r} has nodes of {sizes.tolist()} devices: use 'flat'")
+        chosen = pick_transport(transport, cluster)
         peaks, kernels, notes = {}, {}, []
         for device in {d.name: d for d in cluster.devices}.values():
             if measured and device.name in measured:
@@ -90,7 +85,7 @@ class CostModel:
             peaks[device.name], peak_notes = device_peak(device, wanted)
             kernels[device.name], kernel_notes = device_kernel(device, wanted)
             notes += [*peak_notes, *kernel_notes]
-        ports, port_notes = device_ports(cluster)
+        ports, port_notes = device_ports(cluster, chosen.library)
         weak = [f"unverified input: {fact}" for fact in cluster.weak_facts if not measured or fact.split(":")[0] not in measured]
         element_B = model.activation_bits / 8
         return cls(
@@ -99,11 +94,32 @@ class CostModel:
             peaks=peaks,
             kernels=kernels,
             ports=ports,
-            transport=chosen,
+            transport=chosen.name,
             dispatch_B=model.hidden * element_B,
             combine_B=model.hidden * element_B,
             notes=tuple(dict.fromkeys([*notes, *port_notes, *weak])),
         )
+
+    @property
+    def way(self) -> Transport:
+        """What the transport's name stands for."""
+        return TRANSPORTS[self.transport]
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """Which ports carry a copy under this transport."""
+        return self.way.algorithm
+
+    def copies_SLGG(self, traffic: Traffic) -> NDArray[np.float64]:
+        """Copies from device to device that this transport sends: one per token and device, or one per chosen expert.
+
+        Raises InputError where selections are needed and were not counted.
+        """
+        if not self.way.per_selection:
+            return traffic.copies_SLGG
+        if traffic.selections_SLGG is None:
+            raise InputError(f"transport {self.transport!r} sends one copy per chosen expert; count them with route(…, selections=True)")
+        return traffic.selections_SLGG
 
     def expert_times(
         self, slot_tokens_SLP: NDArray[np.float64], tokens_SLG: NDArray[np.float64], slots_G: NDArray[np.integer]
@@ -142,19 +158,34 @@ class CostModel:
             copies_SLGG * element_B,
             self.cluster.node_G,
             self.ports,
-            algorithm=self.transport,
-            node_traffic_NGM=node_copies_SLGN * element_B if self.transport == "forwarded" else None,
+            algorithm=self.algorithm,
+            node_traffic_NGM=node_copies_SLGN * element_B if self.algorithm == "forwarded" else None,
         )
 
     def layer_times(self, traffic: Traffic, placement: Placement) -> LayerTimes:
         """Dispatch, expert computation of each device, and combine, for every step and layer of a traffic."""
         compute, outside = self.expert_times(traffic.slot_tokens_SLP, traffic.copies_SLGG.sum(axis=2), placement.slots_G)
+        copies = self.copies_SLGG(traffic)
+        dispatch = self.exchange(copies, traffic.node_copies_SLGN, self.dispatch_B)
+        same = self.dispatch_B == self.combine_B  # the way back loads the same ports
         return LayerTimes(
-            dispatch=self.exchange(traffic.copies_SLGG, traffic.node_copies_SLGN, self.dispatch_B),
-            combine=self.exchange(traffic.copies_SLGG, traffic.node_copies_SLGN, self.combine_B),
+            dispatch=dispatch,
+            combine=dispatch if same else self.exchange(copies, traffic.node_copies_SLGN, self.combine_B),
             compute_s_SLG=compute,
             extrapolated_SLG=outside,
         )
+
+    def attention_s_G(self, tokens: float, context: float, mode: Mode) -> NDArray[np.float64]:
+        """Seconds of one attention block on each device for its `tokens` tokens; see `cost.attention`."""
+        found = {
+            name: float(attention_time(self.model, tokens=tokens, context=context, mode=mode, peak=peak).time_s_N)
+            for name, peak in self.peaks.items()
+        }
+        return np.asarray([found[device.name] for device in self.cluster.devices])
+
+    def memory(self, placement: Placement, *, tokens_per_device: int, context: int = 0) -> MemoryUse:
+        """What a placement needs on each device, and by how much it does not fit; see `cost.memory`."""
+        return memory_use(self.model, placement, self.cluster, tokens_per_device=tokens_per_device, context=context)
 
     def weights(self, *, tokens_per_device: int) -> Weights:
         """Slopes of the layer time around an evenly loaded cluster with uniform traffic, by finite differences."""
@@ -162,6 +193,7 @@ class CostModel:
         devices, nodes = cluster.size, cluster.nodes
         total = tokens_per_device * devices
         fan = float(min(devices, devices * (1 - (1 - 1 / devices) ** model.top_k)))
+        sent = float(model.top_k) if self.way.per_selection else None
         node_fan = float(min(nodes, nodes * (1 - (1 - 1 / nodes) ** model.top_k)))
 
         def compute_s(ratio: float) -> float:
@@ -171,7 +203,7 @@ class CostModel:
             return float(self.expert_times(tokens, arriving, np.full(devices, slots))[0].max())
 
         def exchange_s(fan: float, node_fan: float) -> float:
-            copies = np.full((1, 1, devices, devices), tokens_per_device * fan / devices)
+            copies = np.full((1, 1, devices, devices), tokens_per_device * (sent or fan) / devices)
             node_copies = np.full((1, 1, devices, nodes), tokens_per_device * node_fan / nodes)
             return sum(float(self.exchange(copies, node_copies, size).time_s_N.max()) for size in (self.dispatch_B, self.combine_B))
 

@@ -24,6 +24,7 @@ class Traffic:
     slot_tokens_SLP   tokens computed in each physical slot
     copies_SLGG       token copies from the device a token lives on to each distinct destination device (diagonal: stays)
     node_copies_SLGN  token copies to each distinct destination node
+    selections_SLGG   token-expert pairs from each device to each other: what travels without de-duplication (None: not counted)
     tokens_SG         tokens that live on each device
     """
 
@@ -31,6 +32,7 @@ class Traffic:
     copies_SLGG: NDArray[np.float64]
     node_copies_SLGN: NDArray[np.float64]
     tokens_SG: NDArray[np.float64]
+    selections_SLGG: NDArray[np.float64] | None = None
 
     def device_tokens_SLG(self, placement: Placement) -> NDArray[np.float64]:
         """Token-expert pairs each device computes."""
@@ -96,9 +98,9 @@ def _kernel() -> Any:
     import numba
 
     @numba.njit(parallel=True, cache=True, nogil=True)
-    def route(experts_TLK, step_N, turn_N, source_N, start_LGE, count_LGE, slots, device_P, node_G, slot_out, copies_out, nodes_out):  # type: ignore[no-untyped-def]
+    def route(experts_TLK, step_N, turn_N, source_N, start_LGE, count_LGE, slots, device_P, node_G, slot_out, copies_out, nodes_out, pairs_out):  # type: ignore[no-untyped-def]
         tokens, layers, width = experts_TLK.shape
-        by_source = start_LGE.shape[1] > 1
+        by_source, count_pairs = start_LGE.shape[1] > 1, pairs_out.size > 0
         for layer in numba.prange(layers):
             seen_G = np.full(copies_out.shape[3], -1, np.int64)  # last token that was sent there
             seen_N = np.full(nodes_out.shape[3], -1, np.int64)
@@ -119,6 +121,8 @@ def _kernel() -> Any:
                     # adding 0 or 1 instead of branching: whether a device is new is as good as random
                     copies_out[step, layer, source, device] += np.int64(seen_G[device] != token)
                     nodes_out[step, layer, source, node] += np.int64(seen_N[node] != token)
+                    if count_pairs:
+                        pairs_out[step, layer, source, device] += 1
                     seen_G[device] = token
                     seen_N[node] = token
 
@@ -132,11 +136,13 @@ def route(
     *,
     ends_S: NDArray[np.integer] | None = None,
     tokens_per_step: float | None = None,
+    selections: bool = False,
 ) -> Traffic:
     """Traffic of T tokens under a placement; step s is the tokens before `ends_S[s]` (rising, to T; default: one step).
 
     Inside a step the devices' tokens are consecutive runs, as in data-parallel attention. With `tokens_per_step` the
-    counts are scaled so that every step stands for that many tokens. Cost: O(T·L·K); memory: the counts of all steps.
+    counts are scaled so that every step stands for that many tokens; `selections` counts token-expert pairs, too. Cost: O(T·L·K);
+    memory: the counts of all steps.
     """
     tokens, devices = len(experts_TLK), placement.devices
     place = np.arange(tokens)
@@ -151,9 +157,10 @@ def route(
     slot_out = np.zeros((steps, layers, slots), np.int64)
     copies = np.zeros((steps, layers, devices, devices), np.int64)
     node_copies = np.zeros((steps, layers, devices, nodes), np.int64)
+    pairs = np.zeros((steps, layers, devices, devices) if selections else (0, 0, 0, 0), np.int64)
     _kernel()(
         experts_TLK, step_N, turn_N, source_N, table.start_LGE, table.count_LGE, table.slots, placement.device_P,
-        np.asarray(node_G, np.int32), slot_out, copies, node_copies,
+        np.asarray(node_G, np.int32), slot_out, copies, node_copies, pairs,
     )  # fmt: skip
     lives = np.zeros((steps, devices))
     np.add.at(lives, (step_N, source_N), 1.0)
@@ -163,4 +170,5 @@ def route(
         copies_SLGG=copies * scale_S[:, None, None, None],
         node_copies_SLGN=node_copies * scale_S[:, None, None, None],
         tokens_SG=lives * scale_S[:, None],
+        selections_SLGG=pairs * scale_S[:, None, None, None] if selections else None,
     )

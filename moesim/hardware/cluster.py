@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,19 @@ from numpy.typing import NDArray
 
 from moesim.errors import ProfileError
 from moesim.files import digest, read_toml, validated
-from moesim.hardware.profile import Device, Fact, Link, cluster_names, find, load_device, load_links, make_link
+from moesim.hardware.profile import (
+    Device,
+    Fact,
+    Host,
+    Link,
+    cluster_names,
+    find,
+    load_device,
+    load_hosts,
+    load_links,
+    make_host,
+    make_link,
+)
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -22,6 +35,9 @@ if TYPE_CHECKING:
 class Cluster:
     """G devices in nodes. Inside a node every device has one port to the node's switch; between nodes every device
     has one NIC to its rail, and rails share a spine that carries 1/oversubscription of their ports (None: one node).
+
+    own_nics names devices whose NIC is not `network`; host_G is what feeds each device (None: not described); edges are
+    links beyond these, between places of the graph.
     """
 
     name: str
@@ -31,6 +47,9 @@ class Cluster:
     intra_G: tuple[Link, ...]  # the port of each device to its node's switch
     network: Link | None
     oversubscription: float = 1.0
+    own_nics: Mapping[int, Link] = field(default_factory=dict)
+    host_G: tuple[Host | None, ...] = ()
+    edges: tuple[tuple[str, str, Link], ...] = ()
 
     @property
     def size(self) -> int:
@@ -42,10 +61,21 @@ class Cluster:
         """Number of nodes."""
         return int(self.node_G.max()) + 1
 
+    @property
+    def nic_G(self) -> tuple[Link, ...]:
+        """NIC of each device; empty without a network."""
+        return tuple(self.own_nics.get(g, self.network) for g in range(self.size)) if self.network else ()
+
+    def host(self, device: int) -> Host | None:
+        """What feeds a device, if the cluster's file says."""
+        return self.host_G[device] if self.host_G else None
+
     @cached_property
     def digest(self) -> str:
         """Names what the cost of this cluster depends on."""
-        return digest(repr(self.devices), self.node_G.tobytes(), repr(self.intra_G), repr(self.network), str(self.oversubscription))
+        parts: list[bytes | str] = [repr(self.devices), self.node_G.tobytes(), repr(self.intra_G), repr(self.network), str(self.oversubscription)]
+        more = [repr(part) for part in (dict(self.own_nics), self.host_G, self.edges) if part]
+        return digest(*parts, *more)
 
     @cached_property
     def weak_facts(self) -> tuple[str, ...]:
@@ -54,9 +84,11 @@ class Cluster:
         for device in dict.fromkeys(d.name for d in self.devices):
             first = next(d for d in self.devices if d.name == device)
             found.update(dict.fromkeys(f"{device}: {fact.path} = {fact.value} ({fact.confidence})" for fact in first.weak_facts))
-        for link in {**{p.name: p for p in self.intra_G}, **({self.network.name: self.network} if self.network else {})}.values():
-            if link.fact.confidence in ("unverified", "assumed"):
-                found[f"link {link.name}: {link.fact.value} ({link.fact.confidence})"] = None
+        links = [*self.intra_G, *self.nic_G, *(link for *_, link in self.edges), *(host.link for host in self.host_G if host)]
+        both: tuple[tuple[str, Sequence[Link | Host]], ...] = (("link", links), ("host", [host for host in self.host_G if host]))
+        for kind, parts in both:
+            for part in {part.name: part for part in parts}.values():
+                found.update(dict.fromkeys(f"{kind} {part.name}: {fact.path} = {fact.value} ({fact.confidence})" for fact in part.weak_facts))
         return tuple(found)
 
     @cached_property
@@ -78,11 +110,13 @@ class Cluster:
             graph.add_node(f"g{g}", kind="device", device=device.name, node=int(self.node_G[g]))
             join(f"g{g}", f"node{self.node_G[g]}", self.intra_G[g], self.intra_G[g].bandwidth_Bps)
             if self.network:
-                join(f"g{g}", f"rail{position[g]}", self.network, self.network.bandwidth_Bps)
+                join(f"g{g}", f"rail{position[g]}", self.nic_G[g], self.nic_G[g].bandwidth_Bps)
         if self.network:
             for rail in sorted(set(position)):
-                ports = position.count(rail)
-                join(f"rail{rail}", "spine", self.network, ports * self.network.bandwidth_Bps / self.oversubscription)
+                ports_Bps = sum(nic.bandwidth_Bps for nic, at in zip(self.nic_G, position, strict=True) if at == rail)
+                join(f"rail{rail}", "spine", self.network, ports_Bps / self.oversubscription)
+        for a, b, link in self.edges:
+            join(a, b, link, link.bandwidth_Bps)
         return graph
 
 
@@ -91,8 +125,10 @@ def load_cluster(name: str | Path) -> Cluster:
     path = find("clusters", name, cluster_names())
     from moesim.hardware.schema import ClusterFile
 
-    parsed = validated(ClusterFile, read_toml(path, ProfileError), place=str(path), error=ProfileError)
-    links = load_links() | {key: make_link(key, table) for key, table in parsed.links.items()}
+    data = read_toml(path, ProfileError)
+    parsed = validated(ClusterFile, data, place=str(path), error=ProfileError)
+    links = load_links() | {key: make_link(key, table, data["links"][key]) for key, table in parsed.links.items()}
+    hosts = load_hosts() | {key: make_host(key, table, data["hosts"][key], links) for key, table in parsed.hosts.items()}
 
     def link(key: str, where: str) -> Link:
         if key not in links:
@@ -102,14 +138,23 @@ def load_cluster(name: str | Path) -> Cluster:
     devices: list[Device] = []
     nodes: list[int] = []
     ports: list[Link] = []
+    feeds: list[Host | None] = []
+    own_nics: dict[int, Link] = {}
     for index, table in enumerate(parsed.nodes):
         reference = path.parent / table.device if table.device.endswith(".toml") else table.device
         device, port = load_device(reference), link(table.link, f"$.nodes[{index}].link")
+        if table.host is not None and table.host not in hosts:
+            known = ", ".join(sorted(hosts))
+            raise ProfileError(f"{path}: $.nodes[{index}].host: host {table.host!r} is not known; known: {known}; or add [hosts.{table.host}]")
+        total = table.repeat * table.devices
+        if table.nic is not None:
+            own_nics |= dict.fromkeys(range(len(devices), len(devices) + total), link(table.nic, f"$.nodes[{index}].nic"))
+        feeds += [hosts[table.host] if table.host else None] * total
         for _ in range(table.repeat):
             nodes += [nodes[-1] + 1 if nodes else 0] * table.devices
             devices += [device] * table.devices
             ports += [port] * table.devices
-    return Cluster(
+    cluster = Cluster(
         name=parsed.name,
         title=parsed.title,
         devices=tuple(devices),
@@ -117,7 +162,13 @@ def load_cluster(name: str | Path) -> Cluster:
         intra_G=tuple(ports),
         network=link(parsed.network.link, "$.network.link") if parsed.network else None,
         oversubscription=parsed.network.oversubscription if parsed.network else 1.0,
+        own_nics=own_nics,
+        host_G=tuple(feeds) if any(feeds) else (),
     )
+    edges = tuple((*edge.between, link(edge.link, f"$.edges[{index}].link")) for index, edge in enumerate(parsed.edges))
+    if strangers := sorted({place for a, b, _ in edges for place in (a, b)} - set(cluster.graph)):
+        raise ProfileError(f"{path}: $.edges: {', '.join(strangers)} is no place of the graph; places are {', '.join(cluster.graph)}")
+    return replace(cluster, edges=edges) if edges else cluster
 
 
 __all__ = ["Cluster", "Fact", "load_cluster"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from moesim.errors import ProfileError
 from moesim.files import packaged, read_toml, validated
 
 if TYPE_CHECKING:
-    from moesim.hardware.schema import FittedTable
+    from moesim.hardware.schema import FittedTable, HostTable, LinkTable, MemoryTable
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 WEAK = ("unverified", "assumed")
@@ -69,6 +69,7 @@ class Device:
     kernels: tuple[Fitted, ...]
     collectives: tuple[Fitted, ...]
     facts: tuple[Fact, ...] = field(repr=False)
+    link: str = ""  # scale-up port by name, as its collectives were measured with
 
     @property
     def weak_facts(self) -> tuple[Fact, ...]:
@@ -84,7 +85,28 @@ class Link:
     title: str
     bandwidth_Bps: float
     latency_s: float
-    fact: Fact = field(repr=False)
+    facts: tuple[Fact, ...] = field(repr=False)
+
+    @property
+    def weak_facts(self) -> tuple[Fact, ...]:
+        """Numbers nobody has verified."""
+        return tuple(fact for fact in self.facts if fact.confidence in WEAK)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """What feeds the devices of a node: memories, fastest first; each device has one slot (`link`) to them."""
+
+    name: str
+    title: str
+    memories: tuple[Memory, ...]
+    link: Link
+    facts: tuple[Fact, ...] = field(repr=False)
+
+    @property
+    def weak_facts(self) -> tuple[Fact, ...]:
+        """Numbers nobody has verified, those of its slot aside."""
+        return tuple(fact for fact in self.facts if fact.confidence in WEAK)
 
 
 def device_names() -> list[str]:
@@ -125,13 +147,18 @@ def load_device(name: str | Path) -> Device:
         flops={str(dtype): rate for dtype, rate in parsed.compute.flops.items()},
         units=parsed.compute.units,
         cache_B=parsed.compute.cache,
-        memories=tuple(Memory(name=m.name, capacity_B=m.capacity, bandwidth_Bps=m.bandwidth, channels=m.channels) for m in parsed.memories),
+        memories=_memories(parsed.memories),
         power_W=parsed.power.board if parsed.power else None,
         rent_per_hour=parsed.price.rent if parsed.price else None,
         kernels=tuple(_fitted("kernel", table) for table in parsed.kernels),
         collectives=tuple(_fitted("collective", table) for table in parsed.collectives),
         facts=tuple(collect_facts(data)),
+        link=parsed.link,
     )
+
+
+def _memories(tables: Iterable[MemoryTable]) -> tuple[Memory, ...]:
+    return tuple(Memory(name=m.name, capacity_B=m.capacity, bandwidth_Bps=m.bandwidth, channels=m.channels) for m in tables)
 
 
 def _fitted(kind: str, table: FittedTable) -> Fitted:
@@ -151,20 +178,39 @@ def _fitted(kind: str, table: FittedTable) -> Fitted:
 @cache
 def load_links() -> dict[str, Link]:
     """Every packaged link by name (`hw_profiles/links.toml`)."""
-    from pydantic import RootModel
-
     from moesim.hardware.schema import LinkTable
 
-    path = packaged("hw_profiles") / "links.toml"
+    tables, data = _named_tables("links", LinkTable)
+    return {name: make_link(name, table, data[name]) for name, table in tables.items()}
+
+
+@cache
+def load_hosts() -> dict[str, Host]:
+    """Every packaged host by name (`hw_profiles/hosts.toml`)."""
+    from moesim.hardware.schema import HostTable
+
+    tables, data = _named_tables("hosts", HostTable)
+    return {name: make_host(name, table, data[name], load_links()) for name, table in tables.items()}
+
+
+def _named_tables(kind: str, schema: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    from pydantic import RootModel
+
+    path = packaged("hw_profiles") / f"{kind}.toml"
     data = read_toml(path, ProfileError)
-    tables = validated(RootModel[dict[str, LinkTable]], data, place=str(path), error=ProfileError).root
-    return {name: make_link(name, table) for name, table in tables.items()}
+    return validated(RootModel[dict[str, schema]], data, place=str(path), error=ProfileError).root, data
 
 
-def make_link(name: str, table: Any) -> Link:
-    """Link of a validated LinkTable."""
-    fact = Fact(path=f"$.{name}", value=f"{table.bandwidth:g} B/s, {table.latency:g} s", source=table.source, confidence=table.confidence)
-    return Link(name=name, title=table.title, bandwidth_Bps=table.bandwidth, latency_s=table.latency, fact=fact)
+def make_link(name: str, table: LinkTable, data: Mapping[str, Any]) -> Link:
+    """Link of a validated table; `data` is the table as written, for the provenance of each number."""
+    return Link(name=name, title=table.title, bandwidth_Bps=table.bandwidth, latency_s=table.latency, facts=tuple(collect_facts(data)))
+
+
+def make_host(name: str, table: HostTable, data: Mapping[str, Any], links: Mapping[str, Link]) -> Host:
+    """Host of a validated table; ProfileError when its slot is no known link."""
+    if table.link not in links:
+        raise ProfileError(f"host {name!r}: link {table.link!r} is not known; known: {', '.join(sorted(links))}")
+    return Host(name=name, title=table.title, memories=_memories(table.memories), link=links[table.link], facts=tuple(collect_facts(data)))
 
 
 def collect_facts(data: Any, path: str = "$", source: str = "", confidence: str = "") -> Iterator[Fact]:
@@ -175,7 +221,7 @@ def collect_facts(data: Any, path: str = "$", source: str = "", confidence: str 
             yield Fact(path=path, value=str(data["value"]), source=source, confidence=confidence)
             return
         for key, value in data.items():
-            if key not in ("source", "confidence", "date", "version"):
+            if key not in ("source", "confidence", "date", "version", "title", "name", "link"):
                 yield from collect_facts(value, f"{path}.{key}", source, confidence)
     elif isinstance(data, list):
         for index, value in enumerate(data):

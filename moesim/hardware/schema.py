@@ -111,6 +111,7 @@ class CollectiveTable(FittedTable):
     op: str
     form: str
     ranks: PositiveInt | None = None
+    link: str = ""  # scale-up link it was measured on, if not the device's own
 
 
 class DeviceFile(Table):
@@ -121,6 +122,7 @@ class DeviceFile(Table):
     kind: Literal["gpu", "npu", "rdu", "fpga", "cpu"]
     compute: ComputeTable
     memories: list[MemoryTable] = Field(min_length=1)
+    link: str = ""  # the scale-up port its kernels and collectives were measured with
     power: PowerTable | None = None
     price: PriceTable | None = None
     kernels: list[KernelTable] = []
@@ -135,12 +137,32 @@ class LinkTable(Sourced):
     latency: Seconds
 
 
+class HostTable(Table):
+    """What feeds the devices of a node: memories, fastest first, through one slot of kind `link` per device."""
+
+    title: str
+    memories: list[MemoryTable] = Field(min_length=1)
+    link: str
+
+
 class NodeTable(Table):
-    """`repeat` equal nodes of `devices` devices on one switch (every device has one port to it)."""
+    """`repeat` equal nodes of `devices` devices on one switch (every device has one port to it).
+
+    `nic` overrides the network's link for these nodes; `host` names a table of hosts.toml or of this file.
+    """
 
     device: str
     devices: PositiveInt
     repeat: PositiveInt = 1
+    link: str
+    nic: str | None = None
+    host: str | None = None
+
+
+class EdgeTable(Table):
+    """One more link between two places of the graph ("g0", "node1", "rail0", "spine"), such as a bridge of two devices."""
+
+    between: tuple[str, str]
     link: str
 
 
@@ -159,9 +181,13 @@ class ClusterFile(Table):
     nodes: list[NodeTable] = Field(min_length=1)
     network: NetworkTable | None = None
     links: dict[str, LinkTable] = {}
+    hosts: dict[str, HostTable] = {}
+    edges: list[EdgeTable] = []
 
     @model_validator(mode="after")
     def _connected(self) -> ClusterFile:
         if self.network is None and sum(node.repeat for node in self.nodes) > 1:
             raise ValueError("several nodes need a [network] with a link between them")
+        if self.network is None and any(node.nic for node in self.nodes):
+            raise ValueError("nodes have a nic but there is no [network] it joins")
         return self
