@@ -11,8 +11,10 @@ import typer
 from moesim.cli import (
     calibrate,
     capture,
+    check,
     compare,
     demo,
+    export,
     import_,
     inspect,
     models,
@@ -22,6 +24,7 @@ from moesim.cli import (
     score,
     simulate,
     solvers,
+    systems,
     validate,
 )
 from moesim.errors import InputError, MoesimError
@@ -36,7 +39,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, capture, import_, inspect, place, score, compare, simulate, validate, calibrate, report, solvers, profiles, models):
+for module in (
+    demo,
+    capture,
+    import_,
+    export,
+    check,
+    inspect,
+    place,
+    score,
+    compare,
+    simulate,
+    validate,
+    calibrate,
+    report,
+    solvers,
+    systems,
+    profiles,
+    models,
+):
     app.command(module.NAME, epilog=module.EPILOG)(module.run)
 
 
