@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim_solvers.placement.bits import Words, ones, random_unit
-from moesim_solvers.placement.jit import borrowed, compiled
+from moesim_solvers.placement.bits import Words, ones, random_unit, row_ones
+from moesim_solvers.placement.jit import borrowed, compiled, inlined
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -66,7 +66,7 @@ class State(NamedTuple):
     draw_1: Words
 
 
-@compiled
+@inlined
 def reach_after(any_DW: Words, many_DW: Words, d: int, bits_PW: Words, leave: int, enter: int) -> np.int64:
     """Tokens that device (or node) d serves once slot `leave` left it and `enter` came."""
     total = np.int64(0)
@@ -76,49 +76,35 @@ def reach_after(any_DW: Words, many_DW: Words, d: int, bits_PW: Words, leave: in
 
 
 @compiled
-def served(any_DW: Words, d: int) -> np.int64:
-    """Tokens with at least one slot at device or node d."""
-    total = np.int64(0)
-    for w in range(any_DW.shape[1]):
-        total += ones(any_DW[d, w])
-    return total
-
-
-@compiled
-def clear(any_DW: Words, many_DW: Words, d: int) -> None:
-    """No tokens at device or node d."""
-    for w in range(any_DW.shape[1]):
-        any_DW[d, w] = many_DW[d, w] = np.uint64(0)
-
-
-@compiled
 def refresh(layer: Layer, state: State) -> None:
     """Recount the devices marked dirty, and their nodes, from the slots' bit sets."""
     any_GW, many_GW, any_NW, many_NW = state.any_GW, state.many_GW, state.any_NW, state.many_NW
     bits_PW, words = state.bits_PW, state.bits_PW.shape[1]
     for g in range(len(any_GW)):
         if state.dirty_G[g]:
-            clear(any_GW, many_GW, g)
+            for w in range(words):
+                any_GW[g, w] = many_GW[g, w] = np.uint64(0)
             for slot in range(layer.first_G[g], layer.first_G[g + 1]):
                 for w in range(words):
                     many_GW[g, w] |= any_GW[g, w] & bits_PW[slot, w]
                     any_GW[g, w] |= bits_PW[slot, w]
-            state.reach_G[g] = served(any_GW, g)
+            state.reach_G[g] = row_ones(any_GW, g)
             state.stale_N[layer.node_G[g]] = layer.price_3[2] != 0.0
             state.dirty_G[g] = False
     for n in range(len(any_NW)):
         if state.stale_N[n]:
-            clear(any_NW, many_NW, n)
+            for w in range(words):
+                any_NW[n, w] = many_NW[n, w] = np.uint64(0)
             for g in range(len(any_GW)):
                 if layer.node_G[g] == n:
                     for w in range(words):
                         many_NW[n, w] |= many_GW[g, w] | (any_NW[n, w] & any_GW[g, w])
                         any_NW[n, w] |= any_GW[g, w]
-            state.reach_N[n] = served(any_NW, n)
+            state.reach_N[n] = row_ones(any_NW, n)
             state.stale_N[n] = False
 
 
-@compiled
+@inlined
 def weigh(layer: Layer, state: State, device: int, expert: int, share: float) -> None:
     """Add a share of an expert's load (and of how it drifts from block to block) to a device."""
     state.load_G[device] += share * layer.load_E[expert]
@@ -170,13 +156,13 @@ def evaluate(layer: Layer, state: State) -> None:
     refresh(layer, state)
 
 
-@compiled
+@inlined
 def above(layer: Layer, busiest: float, highest: float) -> float:
     """How far the highest load and the highest peak (load with drift), over the mean load, exceed their limits."""
     return max(0.0, busiest / layer.mean - layer.load_limit, highest / layer.mean - layer.peak_limit)
 
 
-@compiled
+@inlined
 def excess(layer: Layer, state: State) -> float:
     """`above` of the devices as they are."""
     busiest = highest = 0.0
@@ -186,7 +172,7 @@ def excess(layer: Layer, state: State) -> float:
     return above(layer, busiest, highest)
 
 
-@compiled
+@inlined
 def spread(layer: Layer, state: State) -> float:
     """Priced distinct devices and nodes per token."""
     devices = nodes = 0.0
@@ -217,7 +203,7 @@ def moved(home_X: Ints, count: int, leave: int, enter: int, new_X: Ints) -> int:
     return new
 
 
-@compiled
+@inlined
 def holds(layer: Layer, state: State, expert: int, device: int) -> bool:
     """Whether the device has a replica of the expert."""
     for r in range(state.count_E[expert]):  # noqa: SIM110 - numba has no generator expressions
@@ -226,7 +212,7 @@ def holds(layer: Layer, state: State, expert: int, device: int) -> bool:
     return False
 
 
-@compiled
+@inlined
 def rank_after(state: State, expert: int, leave: int, enter: int) -> int:
     """Rank of the replica at `leave` if moving it to `enter` keeps the order of replicas, else -1."""
     home_X = state.home_EX[expert]
@@ -239,7 +225,7 @@ def rank_after(state: State, expert: int, leave: int, enter: int) -> int:
     return -1
 
 
-@compiled
+@inlined
 def excess_after(layer: Layer, state: State, g: int, h: int, x: int, y: int) -> float:
     """Excess once a replica of x went from g to h and one of y from h to g."""
     share_x, share_y = 1.0 / state.count_E[x], 1.0 / state.count_E[y]
@@ -260,7 +246,7 @@ def excess_after(layer: Layer, state: State, g: int, h: int, x: int, y: int) -> 
     return above(layer, busiest, highest)
 
 
-@compiled
+@inlined
 def attempt(layer: Layer, state: State, i: int, j: int, kind: int, price: float, allow: float, work_4X: Ints) -> bool:
     """Swap slots i and j if possible and if priced spread + price · excess grows by less than `allow`.
 
@@ -297,15 +283,16 @@ def attempt(layer: Layer, state: State, i: int, j: int, kind: int, price: float,
     return True
 
 
-@compiled
+@inlined
 def swap(layer: Layer, state: State, i: int, j: int, rank_x: int, rank_y: int) -> None:
     """Exchange the replicas in slots i and j, which keep their ranks."""
     x, y = state.slots_P[i], state.slots_P[j]
     g, h = layer.device_P[i], layer.device_P[j]
-    weigh(layer, state, g, x, -1.0 / state.count_E[x])
-    weigh(layer, state, h, y, -1.0 / state.count_E[y])
-    weigh(layer, state, g, y, 1.0 / state.count_E[y])
-    weigh(layer, state, h, x, 1.0 / state.count_E[x])
+    share_x, share_y = 1.0 / state.count_E[x], 1.0 / state.count_E[y]
+    weigh(layer, state, g, x, -share_x)
+    weigh(layer, state, h, y, -share_y)
+    weigh(layer, state, g, y, share_y)
+    weigh(layer, state, h, x, share_x)
     for w in range(state.bits_PW.shape[1]):
         state.bits_PW[i, w], state.bits_PW[j, w] = state.bits_PW[j, w], state.bits_PW[i, w]
     state.slots_P[i], state.slots_P[j] = y, x

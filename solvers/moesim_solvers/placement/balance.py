@@ -37,7 +37,7 @@ def balanced_slots(load_E: Floats, first_G: Ints) -> Ints:
     already are open, its last replica gives way to the heaviest expert that fits there.
     """
     devices, slots = len(first_G) - 1, first_G[-1]
-    count_E = replica_counts(load_E, slots, np.count_nonzero(np.diff(first_G)))
+    count_E = replica_counts(load_E, slots, int(np.count_nonzero(np.diff(first_G))))
     share_E = load_E / count_E
     here_GE = np.zeros((devices, len(load_E)), np.bool_)
     used_G = np.zeros(devices, np.int64)

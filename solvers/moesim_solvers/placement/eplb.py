@@ -111,8 +111,8 @@ def _hierarchical(weight_LE: Floats, replicas: int, groups: int, nodes: int, dev
     weight_NM = np.take_along_axis(weight_LE, mid2log_LE, 1).reshape(layers * nodes, -1)
     mid_NQ, rank_NQ, count_NM = replicate(weight_NM, replicas // nodes)
 
-    share_NQ = np.take_along_axis(weight_NM, mid_NQ, 1) / np.take_along_axis(count_NM, mid_NQ, 1).astype(np.float32)
-    device_NQ, place_NQ = pack(share_NQ, devices // nodes)
+    share_NM = np.asarray(weight_NM / count_NM, dtype=np.float32)
+    device_NQ, place_NQ = pack(np.take_along_axis(share_NM, mid_NQ, 1), devices // nodes)
     slot2copy_NQ = np.argsort(device_NQ * (replicas // devices) + place_NQ, axis=1)
     mid_LP = np.take_along_axis(mid_NQ, slot2copy_NQ, 1).reshape(layers, nodes, -1)
     mid_LP = (mid_LP + np.arange(nodes)[:, None] * (experts // nodes)).reshape(layers, replicas)

@@ -25,6 +25,12 @@ def compiled(function: F) -> F:
     return kernel
 
 
+def inlined(function: F) -> F:
+    """Like `compiled`, for small functions called in hot loops: a call would copy whole tuples of arrays."""
+    kernel: F = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)(function)
+    return kernel
+
+
 def _borrowed(typing_context: Any, record: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = args[0]

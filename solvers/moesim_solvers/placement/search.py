@@ -25,10 +25,11 @@ from moesim_solvers.placement.bits import packed
 NO_SELECTION = 65535
 MOST_TOKENS = 8192  # more do not improve held-out fan-out, and time grows in proportion
 BLOCKS = 8  # consecutive parts of the sample whose differing loads show how much a device's load may drift
-MOVES = 100_000  # of the last round, times the cube root of the number of slots
+MOVES = 300_000  # of the last round, times the cube root of the number of slots
 ROUNDS = 3
 CHUNK = 20_000  # moves between two looks at the clock, about 10 ms
-HOT, COLD = 0.5, 0.1  # temperatures, in typical changes of cost by a random move
+HOT, COLD = 0.5, 0.02  # temperatures, in typical changes of cost by a random move
+COLD_LIMITED = 0.1  # the same with a load limit, where load does not count as cost
 SOFT, FIRM = 3.0, 10.0  # price of exceeding a load limit during annealing, where travel costs of the order of one
 STRICT = 1000.0  # the same in the end: first keep the limit, then save travel
 
@@ -111,6 +112,7 @@ def search_slots(
     limited = load_slack is not None
     unit = max(0.0 if limited else busy, fanout, node_fanout) or 1.0  # the search knows prices of the order of one
     soft, firm, full = (SOFT, FIRM, STRICT) if limited else (busy / unit,) * 3
+    cold = COLD_LIMITED if limited else COLD
     price_3 = np.array([full, fanout / unit, node_fanout / unit])
 
     def prepare(layer: int) -> _Task:
@@ -149,7 +151,7 @@ def search_slots(
         done = 0
         while step > 0 and done < moves and time.monotonic() < stop_s:
             until = min(done + CHUNK, moves)
-            anneal(task.given, state, best_P, best_1, done, until, moves, HOT * step, COLD * step, soft, firm)
+            anneal(task.given, state, best_P, best_1, done, until, moves, HOT * step, cold * step, soft, firm)
             done = until
         state = _state(task.given, best_P, draw)
         while time.monotonic() < stop_s and descend(task.given, state):
