@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost import CostModel
+from moesim.cost.attention import roofline_s
 from moesim.cost.collectives import AllToAllTime, LinearPort
 from moesim.cost.fitted import device_ports
 from moesim.cost.transport import pick_transport
 from moesim.errors import InputError
-from moesim.sim.dense import roofline_s
 from moesim.systems.mechanisms import Exchange, Schedule
 from moesim.systems.pipelining import Stage, pipeline_span
 from moesim.systems.routing import Routed
@@ -151,4 +151,4 @@ def projection_s(cost: CostModel, tokens: float, project: float) -> list[float]:
     if not width:
         return [0.0] * cost.cluster.size
     flops, moved_B = 2 * tokens * cost.model.hidden * width, cost.model.hidden * width * cost.model.weight_bits / 8
-    return [roofline_s(flops, moved_B, cost.peaks[device.name]) for device in cost.cluster.devices]
+    return [float(roofline_s(flops, moved_B, cost.peaks[device.name])) for device in cost.cluster.devices]
