@@ -96,7 +96,7 @@ def tell(
         tokens_per_device=BATCH // cluster.size,
         cost=cost,
         seed=seed,
-        time_limit_s=10.0,
+        time_limit_s=4.0,
         progress=progress("placing"),
     )
     best = min(comparison["scored_on"][1]["plans"], key=lambda row: row["layer_time_s"])
