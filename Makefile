@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint bench gpu clean
+.PHONY: install demo test lint bench gpu studies clean
 
 install: $(READY)
 
@@ -30,7 +30,10 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench
 
 gpu: $(READY)
-	$(BIN)/python -m moesim.validate.gpu
+	$(BIN)/python -m moesim.demo.measure
+
+studies: $(READY)
+	$(BIN)/python -m moesim.studies.systems -o reports/systems.md
 
 clean:
 	rm -rf $(VENV) .bench demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis

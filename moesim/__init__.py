@@ -25,6 +25,7 @@ _WHERE = {
     "place": "moesim.optimize",
     "score": "moesim.optimize",
     "simulate": "moesim.sim",
+    "simulate_event": "moesim.sim.event",
     "capture": "moesim.capture",
     "validate": "moesim.validate",
 }
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from moesim.plan import Placement as Placement
     from moesim.plan import load_plan as load_plan
     from moesim.sim import simulate as simulate
+    from moesim.sim.event import simulate_event as simulate_event
     from moesim.trace import Trace as Trace
     from moesim.trace import TraceStats as TraceStats
     from moesim.trace import TraceWriter as TraceWriter

@@ -56,11 +56,13 @@ def run(
             str(int((stats.load_LE[i] == 0).sum())),
             strongest.get(layer, ""),
             affinity[i] if i < len(affinity) else "",
+            *([f"{found.drift_L[i]:.3f}"] if len(found.load_by_domain) > 1 else []),
         ]
         for i, layer in enumerate(model.moe_layers)
     ]
     title = f"{model.name}: {stats.tokens:,} tokens ({source.selection}), {model.experts} experts, top-{model.top_k}"
-    table(title, ["MoE layer", "skew", "hottest expert", "unused experts", "chosen together most", "affinity to next, bits"], rows)
+    columns = ["MoE layer", "skew", "hottest expert", "unused experts", "chosen together most", "affinity to next, bits"]
+    table(title, [*columns, *(["drift between domains, bits"] if len(found.load_by_domain) > 1 else [])], rows)
     names = list(found.load_by_domain)
     if len(names) > 1:
         cells = [[a or "(none)", *(f"{found.drift_DD[i, j]:.3f}" for j in range(len(names)))] for i, a in enumerate(names)]

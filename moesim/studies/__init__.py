@@ -1,0 +1,1 @@
+"""Studies: reports that one command makes from simulations, never by hand."""
