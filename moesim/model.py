@@ -82,7 +82,7 @@ class ModelSpec:
         return (3 if self.gated else 2) * self.hidden * self.intermediate
 
     @property
-    def expert_B(self) -> float:  # noqa: N802 - unit suffix
+    def expert_B(self) -> float:
         """Bytes of one routed expert as served."""
         return self.expert_parameters * self.weight_bits / 8
 

@@ -187,7 +187,7 @@ def test_the_time_is_linear_in_steps_and_no_task_outlives_two_of_them(tmp_path: 
             original(self, *args, **keys)  # type: ignore[arg-type]
             made[0] += 1
             if made[0] % 500 == 0:
-                most[0] = max(most[0], sum(isinstance(o, Task) for o in gc.get_objects()))
+                most[0] = max(most[0], sum(type(o) is Task for o in gc.get_objects()))
 
         made = [0]
         gc.collect()  # what earlier tests left

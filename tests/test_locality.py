@@ -305,6 +305,7 @@ def test_inspect_says_it_all(model: ModelSpec, make_trace: MakeTrace) -> None:
     assert 0 < near["srp_interval"][0][0] <= near["srp"][0] <= near["srp_interval"][0][1] < 1
     assert len(near["sch"]) == len(near["segments"])
     assert {pair["layer"] for pair in data["coactivation"]} == {1, 2, 3}
+    assert np.mean(data["domain_drift_by_layer"]) == pytest.approx(data["domain_drift_bits"][0][1])
     shown = CliRunner().invoke(app, ["inspect", str(trace.path)])
     assert shown.exit_code == 0
     for word in ("SRP", "CLS", "SCH", "lift", "Drift between domains"):

@@ -40,7 +40,13 @@ def test_the_wheel_holds_two_packages_and_the_profiles(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"moesim", "moesim_solvers"}
-    for wanted in ("moesim/py.typed", "moesim_solvers/py.typed", "moesim/_data/hw_profiles/links.toml", "moesim/model_presets.toml", "moesim/report/template.html"):
+    for wanted in (
+        "moesim/py.typed",
+        "moesim_solvers/py.typed",
+        "moesim/_data/hw_profiles/links.toml",
+        "moesim/model_presets.toml",
+        "moesim/report/template.html",
+    ):
         assert wanted in names
 
 

@@ -5,8 +5,8 @@
 Three traces come of it, all captured from the running model by `moesim.capture`:
 
 training   the routing of real training steps, in pairs of consecutive steps from the first to the last
-train      the trained model on text it was trained on: prefill of whole windows, then generation, byte by byte
-held-out   the same on documents it never saw
+train-part the trained model on the documents training drew from: prefill of whole windows, then generation, byte by byte
+held-out   the same on documents training never drew from
 
 A checkpoint every hundred steps lets a killed run go on; the text of every step depends on the seed and the step alone.
 Debian's man pages are the text of the natural languages: no tokenizer, no download, the same on every machine.
@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -38,12 +39,12 @@ from moesim.errors import InputError
 from moesim.trace import TraceWriter, load_trace
 
 SEQUENCE = 256  # bytes of a training window
-SNAPSHOTS = (0, 5, 10, 20, 40, 80, 150, 300, 500, 750, 1000, 1300, 1600)  # first of two captured steps; so are the last two
+SNAPSHOTS = (0, 5, 10, 20, 40, 80, 150, 300, 500, 750, 1000, 1350)  # first of two captured steps; so are the last two
 CHECKPOINT_EVERY = 100
 ENOUGH_B = 1_600_000  # of training text per domain: more would not be drawn
 WINDOWS, PROMPTS = 16, 8  # of each domain: whole windows of prefill, and prompts that generation goes on from
 PROMPT, GENERATED = 64, 192  # bytes
-PEAK_LR, WARM_STEPS = 3e-3, 60
+PEAK_LR, WARM_STEPS, BALANCE = 3e-3, 60, 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +124,7 @@ def build_model(seed: int) -> Any:
         num_experts=64,
         num_experts_per_tok=4,
         norm_topk_prob=True,
-        router_aux_loss_coef=0.001,
+        router_aux_loss_coef=0.0,  # see balance_loss
         output_router_logits=True,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
@@ -153,6 +154,23 @@ def learning_rate(step: int, steps: int) -> float:
     return float(PEAK_LR * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * done))))
 
 
+def balance_loss(router_logits: Sequence[Any], top_k: int) -> Any:
+    """Mean over layers of E·Σ_e f_e·p_e, at least 1 where shares f of selections and mean probabilities p agree (Fedus et al. 2021).
+
+    Layer by layer, over the tokens of all domains together: an even load on the whole leaves experts free to specialise
+    (Qiu et al. 2025). The loss in transformers 5 averages over layers first, so that it cannot see a layer whose experts idle.
+    """
+    import torch
+
+    terms = []
+    for logits in router_logits:
+        experts = logits.shape[-1]
+        chosen = logits.topk(top_k, dim=-1).indices.flatten()
+        share_E = torch.bincount(chosen, minlength=experts) / chosen.numel()
+        terms.append(experts * (share_E * logits.softmax(dim=-1).mean(dim=0)).sum())
+    return torch.stack(terms).mean()
+
+
 def train(texts: Mapping[str, NDArray[np.uint8]], work: Path, *, steps: int, seed: int) -> tuple[Any, list[float], float]:
     """Train from the last checkpoint below `work` on; returns model, loss of each step (nats per byte) and seconds.
 
@@ -173,33 +191,34 @@ def train(texts: Mapping[str, NDArray[np.uint8]], work: Path, *, steps: int, see
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         losses, before_s = state["losses"], state["seconds"]
-    began, recorder = time.monotonic(), None
-    captured = snapshot_steps(steps)
-    for step in range(len(losses), steps):
-        if step in captured:
-            path = work / f"steps-{step:06d}"
-            shutil.rmtree(path, ignore_errors=True)
-            recorder = capture(model, path)
-        if recorder:
-            recorder.step(step, domain=list(texts))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        tokens = torch.from_numpy(step_batch(texts, seed=seed, step=step))
-        out = model(input_ids=tokens, labels=tokens)
-        out.loss.backward()
-        losses.append(out.loss.item() - model.config.router_aux_loss_coef * out.aux_loss.item())
-        if recorder and step - 1 in captured:
-            recorder.close()
-            recorder = None
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 10 == 0:
-            _say(f"step {step + 1}/{steps} loss {np.mean(losses[-10:]):.3f} {before_s + time.monotonic() - began:.0f} s")
-        if recorder is None and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses, "steps": steps, "seed": seed}
-            torch.save(state | {"seconds": before_s + time.monotonic() - began}, work / "checkpoint.tmp")
-            (work / "checkpoint.tmp").rename(saved)
+    began, captured = time.monotonic(), snapshot_steps(steps)
+    with ExitStack() as open_capture:
+        recorder = None
+        for step in range(len(losses), steps):
+            if step in captured:
+                path = work / f"steps-{step:06d}"
+                shutil.rmtree(path, ignore_errors=True)
+                recorder = open_capture.enter_context(capture(model, path))
+            if recorder:
+                recorder.step(step, domain=list(texts))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            tokens = torch.from_numpy(step_batch(texts, seed=seed, step=step))
+            out = model(input_ids=tokens, labels=tokens)
+            (out.loss + BALANCE * balance_loss(out.router_logits, model.config.num_experts_per_tok)).backward()
+            losses.append(out.loss.item())
+            if recorder and step - 1 in captured:
+                open_capture.close()
+                recorder = None
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if (step + 1) % 10 == 0:
+                _say(f"step {step + 1}/{steps} loss {np.mean(losses[-10:]):.3f} {before_s + time.monotonic() - began:.0f} s")
+            if recorder is None and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps):
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses, "steps": steps, "seed": seed}
+                torch.save(state | {"seconds": before_s + time.monotonic() - began}, work / "checkpoint.tmp")
+                (work / "checkpoint.tmp").rename(saved)
     return model, losses, before_s + time.monotonic() - began
 
 
@@ -238,7 +257,7 @@ def capture_trained(model: Any, texts: Mapping[str, NDArray[np.uint8]], path: Pa
     torch.manual_seed(seed)
     starts = {domain: np.linspace(0, len(text) - SEQUENCE, WINDOWS + PROMPTS).astype(int) for domain, text in texts.items()}
     losses = []
-    with torch.inference_mode(), capture(model, path) as recorder:
+    with torch.inference_mode(), capture(model, path, part_seconds=3600) as recorder:
         for step in range(WINDOWS):
             tokens = torch.from_numpy(np.concatenate([windows(text, starts[domain][step : step + 1], SEQUENCE) for domain, text in texts.items()]))
             recorder.step(step, domain=list(texts))
@@ -271,7 +290,7 @@ def make(out: Path, work: Path, *, steps: int, seed: int) -> None:
     join_snapshots(work, fresh / "training", steps)
     loss = {
         name: capture_trained(model, {domain: part[index] for domain, part in parts.items()}, fresh / name, seed=seed)
-        for index, name in enumerate(("train", "held-out"))
+        for index, name in enumerate(("train-part", "held-out"))
     }
     run = {
         "model": model.config.to_diff_dict(),
@@ -287,8 +306,25 @@ def make(out: Path, work: Path, *, steps: int, seed: int) -> None:
         "machine": {"system": platform.platform(), "processor": _processor(), "threads": 1},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    (fresh / "run.json").write_text(json.dumps(run, indent=1, default=str) + "\n")
+    (fresh / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+    draw_loss(losses, fresh / "loss.svg")
     fresh.rename(out)
+
+
+def draw_loss(losses: Sequence[float], path: Path) -> None:
+    """Means of twenty steps, nats per byte, with the captured steps marked."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    ax = figure.subplots()
+    means = [float(np.mean(losses[i : i + 20])) for i in range(0, len(losses), 20)]
+    ax.plot(np.arange(len(means)) * 20 + 10, means, color="#4269d0")
+    ax.plot(snapshot_steps(len(losses)), [losses[step] for step in snapshot_steps(len(losses))], "o", color="#ff725c", markersize=4)
+    ax.set(xlabel="step (dots: captured)", ylabel="loss, nats per byte", ylim=(0, None))
+    ax.spines[["top", "right"]].set_visible(False)
+    with mpl.rc_context({"svg.hashsalt": "moesim"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _processor() -> str:
@@ -306,7 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m moesim.demo.shipped", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist")
     parser.add_argument("--work", type=Path, default=Path("build/shipped"), help="checkpoints and step traces; a killed run goes on from here")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     make(given.out, given.work, steps=given.steps, seed=given.seed)

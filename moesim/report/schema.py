@@ -38,6 +38,37 @@ class Training(Part):
     seconds: float | None = None
 
 
+class PairPart(Part):
+    """Two experts of a layer that tokens choose together."""
+
+    layer: int
+    experts: tuple[int, int]
+    tokens: int
+    lift: float
+
+
+class LocalityPart(Part):
+    """`moesim.trace.locality.Locality.to_dict()`, figures of the whole model; null where no sequence is long enough."""
+
+    windows: list[int]
+    segments: list[int]
+    rhos: list[int]
+    srp: list[float | None]
+    srp_interval: list[tuple[float | None, float | None]]
+    sch: list[list[float | None]]
+    sequences: int
+    cached_tokens: int
+
+    @model_validator(mode="after")
+    def _shapes(self) -> LocalityPart:
+        _long("srp", self.srp, len(self.windows))
+        _long("srp_interval", self.srp_interval, len(self.windows))
+        _long("sch", self.sch, len(self.segments))
+        for row in self.sch:
+            _long("a row of sch", row, len(self.rhos))
+        return self
+
+
 class InspectionPart(Part):
     """`moesim.trace.inspect.Inspection.to_dict()`."""
 
@@ -56,6 +87,8 @@ class InspectionPart(Part):
     empty_selections: int
     repeated_share: float
     load: list[Row]
+    coactivation: list[PairPart] = []
+    locality: LocalityPart | None = None
 
     @model_validator(mode="after")
     def _shapes(self) -> InspectionPart:

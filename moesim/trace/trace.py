@@ -165,7 +165,8 @@ class Trace:
             seen += int(keep.sum())
             keep &= (rank > start) & (rank <= stop)
             if keep.any():
-                experts = np.stack([_list(table.column(f"experts_{layer}"), self.info.top_k) for layer in chosen], axis=1)
+                layered = np.stack([_list(table.column(f"experts_{layer}"), self.info.top_k) for layer in chosen])
+                experts = np.ascontiguousarray(layered.transpose(1, 0, 2))  # stacking layer-major first is quicker than token-major
                 self._check_ids(experts, chosen, part)
                 gates = np.stack([_list(table.column(f"weights_{layer}"), self.info.top_k) for layer in chosen], axis=1) if weights else None
                 whole = bool(keep.all())
@@ -187,8 +188,8 @@ class Trace:
         return np.concatenate(gathered)
 
     def _check_ids(self, experts_TLK: NDArray[np.uint16], layers: Sequence[int], part: Path) -> None:
-        bad = (experts_TLK >= self.model.experts) & (experts_TLK != NO_EXPERT)
-        if bad.any():
+        if (experts_TLK + np.uint16(1)).max(initial=0) > self.model.experts:  # 65535, no selection, wraps to 0
+            bad = (experts_TLK >= self.model.experts) & (experts_TLK != NO_EXPERT)
             token, layer, choice = np.argwhere(bad)[0]
             raise TraceError(
                 f"{part}: expert id {experts_TLK[token, layer, choice]} out of range 0..{self.model.experts - 1} at layer {layers[layer]}; "

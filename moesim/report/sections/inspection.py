@@ -6,13 +6,15 @@ from functools import partial
 
 import numpy as np
 
-from moesim.report.blocks import Drawing, Facts, Gallery, Section
+from moesim.report.blocks import Block, Drawing, Facts, Gallery, Group, Section, Table, cells
 from moesim.report.plots import draw_heat, draw_line, draw_matrix, heat_limit, relative
-from moesim.report.schema import Document, InspectionPart
+from moesim.report.schema import Document, InspectionPart, LocalityPart, PairPart
+
+PAIRS = 10  # shown of all layers
 
 
 def inspection(document: Document) -> Section | None:
-    """Heat map of expert loads, skew and affinity per layer, drift between domains and over steps."""
+    """Heat map of expert loads, skew and affinity per layer, drift between domains and over steps, locality, co-activation."""
     part = document.inspection
     if part is None:
         return None
@@ -30,7 +32,51 @@ def inspection(document: Document) -> Section | None:
         ("empty selections", f"{part.empty_selections:,}"),
         ("tokens that repeat the one before", f"{part.repeated_share:.1%}".replace("%", " %")),
     ]
-    return Section(key="inspection", title="Routing", lead=lead, blocks=[Facts(pairs=pairs), Gallery(drawings=_drawings(part))])
+    blocks: list[Block] = [Facts(pairs=pairs), Gallery(drawings=_drawings(part))]
+    if part.locality and (near := _locality(part.locality)):
+        blocks.append(Gallery(heading="Locality: experts of neighbouring tokens", drawings=near))
+    if part.coactivation:
+        blocks.append(_together(part.coactivation))
+    return Section(key="inspection", title="Routing", lead=lead, blocks=blocks)
+
+
+def _locality(part: LocalityPart) -> list[Drawing]:
+    drawings = []
+    known = [(m, srp, low, high) for m, srp, (low, high) in zip(part.windows, part.srp, part.srp_interval, strict=True) if srp is not None]
+    if known:
+        windows, srp, lows, highs = zip(*known, strict=True)
+        sure = None not in lows + highs
+        drawings.append(
+            Drawing(
+                caption="SRP: best F1 score of switching experts on or off for a whole window of tokens"
+                + ("; band is the 95 % interval" if sure else ""),
+                alt=f"Line over windows of {windows[0]} to {windows[-1]} tokens, from {srp[0]:.3f} to {srp[-1]:.3f}; 1 if experts never change.",
+                draw=partial(draw_line, x=windows, y=srp, xlabel="window, tokens", ylabel="SRP", band=(lows, highs) if sure else None),
+            )
+        )
+    for segment, row in zip(part.segments, part.sch, strict=True):
+        hits = [hit for hit in row if hit is not None]
+        if len(hits) == len(row):
+            drawings.append(
+                Drawing(
+                    caption=f"SCH: hit rate of an expert cache that looks {segment} tokens ahead",
+                    alt=f"Line over caches of {part.rhos[0]} to {part.rhos[-1]} times a token's experts, from {hits[0]:.3f} to {hits[-1]:.3f}.",
+                    draw=partial(draw_line, x=part.rhos, y=hits, xlabel="slots / experts of a token (rho)", ylabel="hit rate"),
+                )
+            )
+    return drawings
+
+
+def _together(pairs: list[PairPart]) -> Table:
+    most = sorted(pairs, key=lambda pair: pair.tokens / pair.lift - pair.tokens)[:PAIRS]
+    rows = [cells(pair.layer, f"{pair.experts[0]} + {pair.experts[1]}", f"{pair.tokens:,}", f"{pair.lift:.2f}") for pair in most]
+    return Table(
+        caption="Experts chosen together",
+        columns=["MoE layer", "experts", "tokens", "lift"],
+        align="rlrr",
+        groups=[Group(rows=rows)],
+        note="Lift: how many times as many tokens choose both as if the two were independent.",
+    )
 
 
 def _drawings(part: InspectionPart) -> list[Drawing]:
