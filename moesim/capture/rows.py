@@ -14,14 +14,14 @@ Lists = dict[int, NDArray[Any]]  # by layer, [R, K]
 
 
 class RowBuffer:
-    """Rows on their way to `writer`, at most a quarter of a part, 2048 rows or one second of them.
+    """Rows on their way to `writer`, at most a quarter of a part, 16,384 rows or two seconds of them.
 
     Passes are joined while `phase` and `domain` stay the same word.
     """
 
     def __init__(self, writer: TraceWriter) -> None:
         self._writer = writer
-        self._most = min(2048, max(1, writer.part_rows // 4))
+        self._most = min(1 << 14, max(1, writer.part_rows // 4))
         self._passes: list[tuple[int, Lists, Lists | None, dict[str, Any]]] = []
         self._rows, self._since, self._key = 0, 0.0, ("", "")
 
@@ -39,7 +39,7 @@ class RowBuffer:
             self._key, self._since = words, time.monotonic()
         self._passes.append((rows, experts, weights, columns))
         self._rows += rows
-        if self._rows >= self._most or time.monotonic() - self._since > 1:
+        if self._rows >= self._most or time.monotonic() - self._since > 2:
             self.flush()
 
     def flush(self) -> None:

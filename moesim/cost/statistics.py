@@ -153,11 +153,11 @@ def _turns(placement: Placement) -> NDArray[np.int32]:
 def _pairs_kernel() -> Any:
     import numba
 
-    @numba.njit(cache=True, nogil=True)
+    @numba.njit(parallel=True, cache=True, nogil=True)
     def count(together_LEE, slots_LP, replicas_LP, turns_LP, device_P, node_P, ends_P2, pairs_LG, pairs_LM):  # type: ignore[no-untyped-def]
         """Tokens that reach two slots of a device, and of a node: replica i of m and j of n serve a token together in 1 of
         lcm(m, n) turns if i = j modulo gcd(m, n), else never. Slots come in the order of nodes, then devices."""
-        for layer in range(slots_LP.shape[0]):
+        for layer in numba.prange(slots_LP.shape[0]):
             expert_P, replicas_P, turn_P = slots_LP[layer], replicas_LP[layer], turns_LP[layer]
             share_P = 1.0 / replicas_P
             single = replicas_P.max() == 1

@@ -166,7 +166,7 @@ class Trace:
             keep &= (rank > start) & (rank <= stop)
             if keep.any():
                 layered = np.stack([_list(table.column(f"experts_{layer}"), self.info.top_k) for layer in chosen])
-                experts = np.ascontiguousarray(layered.transpose(1, 0, 2))  # stacking layer-major first is quicker than token-major
+                experts = layered.transpose(1, 0, 2)  # layer-major in memory: quicker to stack, and to walk layer by layer
                 self._check_ids(experts, chosen, part)
                 gates = np.stack([_list(table.column(f"weights_{layer}"), self.info.top_k) for layer in chosen], axis=1) if weights else None
                 whole = bool(keep.all())

@@ -245,6 +245,8 @@ def _clean_ids(ids_TK: NDArray[Any], model: ModelSpec, layer: int) -> NDArray[np
     """[T, K] uint16 with 65535 for no selection; raises TraceError naming the first id out of range."""
     if not np.issubdtype(ids_TK.dtype, np.integer):
         raise TraceError(f"experts of layer {layer}: expected whole numbers, got {ids_TK.dtype}")
+    if ids_TK.dtype == np.uint16 and int((ids_TK + np.uint16(1)).max(initial=0)) <= model.experts:
+        return ids_TK  # as it should be; 65535 wraps to 0
     none = ids_TK == NO_EXPERT if ids_TK.dtype.kind == "u" else (ids_TK == -1) | (ids_TK == NO_EXPERT)
     bad = ~none & ((ids_TK < 0) | (ids_TK >= model.experts))
     if bad.any():
