@@ -201,3 +201,22 @@ def test_validate_and_calibrate_on_this_cpu(moesim: Run, trace: Trace, tmp_path:
     code, _, err = moesim("validate", trace.path, plan, "--device", "tpu")
     assert code == 2
     assert "use cpu or cuda" in err
+
+
+def test_plans_are_compared_on_parts_nobody_learnt_from(moesim: Run, trace: Trace, tmp_path: Path) -> None:
+    live = plan_of(moesim, trace, tmp_path / "live.json")
+    code, out, err = moesim(
+        "compare", trace.path, "--solver", "eplb", "--solver", "local-search", "--home", "code", "--tokens", "0%:80%", "--current", live, "--json"
+    )
+    assert code == 0, err
+    parts = json.loads(out)["comparison"]["scored_on"]
+    assert [part["kind"] for part in parts] == ["in-sample", "held-out", "cross-domain"]
+    home, other = (trace.tokens_by_domain[name] for name in ("code", "prose"))
+    assert [part["tokens"] for part in parts] == pytest.approx([0.4 * home, 0.4 * home, 0.8 * other], abs=2)
+    for row in parts[1]["plans"]:
+        assert set(row["batch_load_ratio"]) == {"64", "512"}
+        assert row["batch_load_ratio"]["64"] >= row["batch_load_ratio"]["512"] >= 1
+        assert row["moved_B"] == row["moves"] * trace.model.expert_B
+    code, out, _ = moesim("compare", trace.path, live, "--solver", "greedy", "-o", tmp_path / "comparison.json")
+    assert code == 0
+    assert moesim("report", tmp_path / "comparison.json", "-o", tmp_path / "comparison.html")[0] == 0

@@ -86,6 +86,20 @@ def test_domains_are_selected_before_the_range(trace: Trace) -> None:
         half.select(domain="prose")
 
 
+@given(a=st.integers(0, 100), b=st.integers(0, 100), c=st.integers(0, 100), d=st.integers(0, 100))
+def test_a_range_of_a_range_is_what_slicing_gives(trace_of_1000: Trace, a: int, b: int, c: int, d: int) -> None:
+    (a, b), (c, d) = sorted((a, b)), sorted((c, d))
+    outer = trace_of_1000.experts()[10 * a : 10 * b]
+    inner = outer[round(len(outer) * c / 100) : round(len(outer) * d / 100)]
+    try:
+        found = trace_of_1000.select(tokens=f"{a}%:{b}%").select(tokens=f"{c}%:{d}%").experts()
+    except TraceError as problem:
+        assert "no tokens" in str(problem)
+        found = inner[:0]
+        assert not len(inner)
+    np.testing.assert_array_equal(found, inner)
+
+
 @pytest.mark.parametrize("text", ["50", "a:b", "0%:101%", "9:5", "-1:5", "1:2:3"])
 def test_a_malformed_range_is_refused(trace: Trace, text: str) -> None:
     with pytest.raises(TraceError, match="range|no tokens"):

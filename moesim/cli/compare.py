@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesim.cli.options import AsJson, ClusterName, Contention, Context, Force, Mode, Phase, Seed, TokensPerDevice, TracePath
+from moesim.cli.options import AsJson, ClusterName, Contention, Context, Force, Mode, Phase, Seed, Tokens, TokensPerDevice, TracePath
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run(
     ] = None,
     learn: Annotated[str, typer.Option("--learn", help="Range of the home tokens to learn from.")] = "0%:50%",
     judge: Annotated[str, typer.Option("--judge", help="Range of the home tokens never seen by a solver.")] = "50%:100%",
+    tokens: Tokens = None,
     replicas: Annotated[int, typer.Option("--replicas", min=0, help="Slots beyond one per expert.")] = 0,
     dispatch: Annotated[str, typer.Option("--dispatch", help="How the engine picks a replica: even, static-source or nearest.")] = "even",
     current: Annotated[Path | None, typer.Option("--current", help="The live plan: say how many experts each other one would move.")] = None,
@@ -78,7 +79,8 @@ def run(
     if system:
         if len(loaded) > 1:
             raise InputError(f"--system compares systems on one plan, {len(loaded)} are given: {', '.join(map(str, plans or ()))}; give one")
-        judged = (source.select(domain=home) if home else source).select(tokens=judge)
+        base = source.select(domain=home) if home else source
+        judged = (base.select(tokens=tokens) if tokens else base).select(tokens=judge)
         options = {"mode": mode or "prefill", "context": context or 4096, "contention": bool(contention), "tokens_per_device": tokens_per_device}
         document = _systems(judged, loaded[0] if loaded else _linear(judged, where), where, system, options)
         if output:
@@ -91,8 +93,8 @@ def run(
     names = solver if solver is not None else [] if loaded else [i.name for i in solver_infos() if i.available and i.solves == "placement"]
     with progress("comparing:") as report:
         _, section = compare(
-            source, where, names, plans=loaded, home=home, learn=learn, judge=judge, slots=source.model.experts + replicas, dispatch=dispatch,
-            tokens_per_device=tokens_per_device, current=live, seed=seed, time_limit_s=time_limit, progress=report,
+            source, where, names, plans=loaded, home=home, tokens=tokens, learn=learn, judge=judge, slots=source.model.experts + replicas,
+            dispatch=dispatch, tokens_per_device=tokens_per_device, current=live, seed=seed, time_limit_s=time_limit, progress=report,
         )  # fmt: skip
     document = {"schema_version": 1, "title": f"Placements of {source.model.name} on {where.name}", "comparison": section}
     if output:

@@ -26,6 +26,7 @@ def compare(
     *,
     plans: Sequence[Plan] = (),
     home: str | None = None,
+    tokens: str | None = None,
     learn: str = "0%:50%",
     judge: str = "50%:100%",
     slots: int | None = None,
@@ -39,14 +40,19 @@ def compare(
 ) -> tuple[list[Plan], dict[str, Any]]:
     """Plans of every solver (and the given ones), and the comparison section of a report.
 
-    Solvers learn from the `learn` range of the domain `home` (default: of all tokens) and are scored on it, on its
-    `judge` range, on every other domain, and batch by batch (64, 512, 2048 tokens) of the judged part. With `current`
-    every row says how many experts move from that plan and how many bytes. Solvers that cannot do what is asked are
-    listed with the reason instead of a plan.
+    `tokens` is the range of every part that is looked at (default: all of it). Solvers learn from the `learn` range of the
+    domain `home` (default: of all domains) and are scored on it, on its `judge` range, on every other domain, and batch by
+    batch (64, 512, 2048 tokens) of the judged part. With `current` every row says how many experts move from that plan and
+    how many bytes. Solvers that cannot do what is asked are listed with the reason instead of a plan.
     """
     if not solvers and not plans:
         raise InputError("nothing to compare: give plans or solvers")
-    base = trace.select(domain=home) if home else trace
+
+    def part(domain: str | None) -> Trace:
+        view = trace.select(domain=domain) if domain is not None else trace
+        return view.select(tokens=tokens) if tokens else view
+
+    base = part(home)
     source, unseen = base.select(tokens=learn), base.select(tokens=judge)
     others = [name for name in trace.tokens_by_domain if name != home] if home else []
     costs = cost or CostModel.of(cluster, trace.model)
@@ -63,12 +69,12 @@ def compare(
         raise InputError(f"no solver could place this: {'; '.join(str(row['reason']) for row in solutions)}")
     label = f"{home}, " if home else ""
     parts = [(f"{label}the part learnt from", "in-sample", source), (f"{label}the part never seen", "held-out", unseen)]
-    parts += [(name or "(no domain)", "cross-domain", trace.select(domain=name)) for name in others]
+    parts += [(name or "(no domain)", "cross-domain", part(name)) for name in others]
     scored: list[dict[str, Any]] = []
-    for index, (words, kind, tokens) in enumerate(parts):
+    for index, (words, kind, view) in enumerate(parts):
         progress(index / len(parts), f"scoring on {words}")
-        results = score(tokens, compared, cluster, tokens_per_device=tokens_per_device, cost=costs)
-        scored.append({"label": words, "kind": kind, "tokens": tokens.tokens, "plans": [result.summary() for result in results]})
+        results = score(view, compared, cluster, tokens_per_device=tokens_per_device, cost=costs)
+        scored.append({"label": words, "kind": kind, "tokens": view.tokens, "plans": [result.summary() for result in results]})
     for row, plan in zip(scored[1]["plans"], compared, strict=True):
         row["batch_load_ratio"] = batch_load_ratio(unseen, plan, cluster)
         if current is not None:

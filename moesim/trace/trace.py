@@ -67,8 +67,11 @@ class Trace:
         phase: str | Sequence[str] | None = None,
         steps: tuple[int, int] | None = None,
     ) -> Trace:
-        """A narrower view; raises TraceError for a malformed range, an unknown domain or an unknown phase."""
-        if self.tokens_range != ":" and (tokens or domain or phase or steps):
+        """A narrower view; a range of tokens is of those selected so far.
+
+        Raises TraceError for a malformed range, an unknown domain or phase, or when nothing is left.
+        """
+        if self.tokens_range != ":" and (domain or phase or steps):
             raise TraceError(f"{self.path}: tokens {self.tokens_range} are already selected; select domain, phase and steps before tokens")
         chosen = (domain,) if isinstance(domain, str) else tuple(domain) if domain else self.domains
         phases = (phase,) if isinstance(phase, str) else tuple(phase) if phase else self.phases
@@ -79,6 +82,10 @@ class Trace:
             raise TraceError(f"{self.path}: no tokens of domain {unknown[0]!r}; domains here: {known}")
         if tokens is not None:
             _parse_range(tokens, 0)
+            if self.tokens_range != ":":
+                start, stop = self._bounds
+                low, high = _parse_range(tokens, stop - start)
+                tokens = f"{start + low}:{start + high}"
         view = replace(self, domains=chosen, phases=phases, steps=steps or self.steps, tokens_range=tokens or self.tokens_range)
         if view.tokens == 0:
             raise TraceError(f"{self.path}: the selection {view.selection} holds no tokens; widen it")
