@@ -29,7 +29,7 @@ def _first(config: Mapping[str, Any], names: Iterable[str]) -> Any:
 
 
 def spec_values(raw: Mapping[str, Any], *, name: str | None) -> dict[str, Any]:
-    """Keyword arguments of ModelSpec from a config mapping; nested `text_config` is followed."""
+    """Fields of ModelSpec (attention as those of Attention) from a config mapping; nested `text_config` is followed."""
     config: Mapping[str, Any] = raw.get("text_config") or raw
     ffn = config.get("ffn_config") or {}  # dbrx
     experts = _first(config, _EXPERTS) or _first(ffn, _EXPERTS)
@@ -102,18 +102,16 @@ def _shared(config: Mapping[str, Any], width: int) -> int:
     return int(_first(config, ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")) or 0) * width
 
 
-def _attention(config: Mapping[str, Any], heads: int, hidden: int) -> Any:
-    from moesim.model import Attention
-
+def _attention(config: Mapping[str, Any], heads: int, hidden: int) -> dict[str, int]:
     rank = int(config.get("kv_lora_rank") or 0)
     rope = int(config.get("qk_rope_head_dim") or 0) if rank else 0
     plain = int(config.get("head_dim") or hidden // heads)
-    return Attention(
-        heads=heads,
-        kv_heads=int(_first(config, ("num_key_value_heads",)) or heads),
-        head_dim=int(config.get("qk_nope_head_dim") or 0) + rope if rank else plain,
-        kv_rank=rank,
-        q_rank=int(config.get("q_lora_rank") or 0) if rank else 0,
-        rope_dim=rope,
-        value_dim=int(config.get("v_head_dim") or 0) if rank else plain,
-    )
+    return {
+        "heads": heads,
+        "kv_heads": int(_first(config, ("num_key_value_heads",)) or heads),
+        "head_dim": int(config.get("qk_nope_head_dim") or 0) + rope if rank else plain,
+        "kv_rank": rank,
+        "q_rank": int(config.get("q_lora_rank") or 0) if rank else 0,
+        "rope_dim": rope,
+        "value_dim": int(config.get("v_head_dim") or 0) if rank else plain,
+    }

@@ -121,7 +121,7 @@ class ModelSpec:
         from moesim.hf_config import spec_values
 
         raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        return cls(**spec_values(raw, name=name))
+        return cls.from_dict(spec_values(raw, name=name))
 
 
 @cache
