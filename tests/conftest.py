@@ -59,4 +59,23 @@ def trace(model: ModelSpec, make_trace: Callable[..., Trace]) -> Trace:
     return make_trace(model, ids, domain=np.where(np.arange(2000) % 3 == 0, "prose", "code"), position=np.arange(2000))
 
 
+@pytest.fixture
+def moesim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    from moesim.cli import main
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["moesim", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
 __all__ = ["clustered_routing", "tiny_model"]

@@ -18,7 +18,7 @@ from moesim.errors import InputError, ProfileError
 from moesim.hardware import Cluster, Link, load_cluster, load_device, load_links
 from moesim.plan import Placement, Plan, slots_per_device
 from moesim.sim import simulate
-from moesim.sim.lockstep import _chunks
+from moesim.sim.lockstep import step_chunks
 from moesim.trace import Trace, TraceWriter, load_trace
 
 MODEL = tiny_model(layers=2, experts=32, top_k=4, hidden=2048, intermediate=1024)
@@ -249,7 +249,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 def test_runs_come_in_order_and_never_too_many_at_a_time(stored: Trace, steps: int, chunk: int, most: int | None) -> None:
     """Counts of a chunk's runs stay in memory at once, so their number is bounded whatever the length of a step."""
     seen, runs = [], []
-    for experts, ends_S in _chunks(stored, steps, chunk, most):
+    for experts, ends_S in step_chunks(stored, steps, chunk, most):
         assert most is None or len(ends_S) <= most
         assert ends_S[-1] == len(experts)
         seen.append(experts)

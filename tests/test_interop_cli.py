@@ -5,40 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from conftest import tiny_model
 from test_interop_tokens import random_ids, write_sglang, write_tensorrt
 
-from moesim.cli import check, export, import_, main
+from moesim.cli import export, import_
 from moesim.interop import FORMATS
 from moesim.plan import Placement, Plan, load_plan
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def moesim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the three verbs in this process: (exit code, stdout, stderr)."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    for module in (import_, export, check):
-        app.command(module.NAME, epilog=module.EPILOG)(module.run)
-    monkeypatch.setattr("moesim.cli.app", app)
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["moesim", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from moesim.sim.fabric import Fabric, Wiring, link_use
 from moesim.sim.hops import LinkLoads
 from moesim.sim.layers import Pass, passes, projection_s, variants, without_oversubscription
 from moesim.sim.ledger import Ledger
-from moesim.sim.lockstep import CHUNK_COUNTS, CHUNK_TOKENS, _chunks
+from moesim.sim.lockstep import CHUNK_COUNTS, CHUNK_TOKENS, inputs_of, step_chunks
 from moesim.sim.program import Chunk, Program, Setting
 from moesim.sim.streams import Runner
 from moesim.sim.tasks import ALL, Block, Task
@@ -158,7 +158,7 @@ def simulate_event(
             selections=any(way.way.per_selection for way in ways),
         )
         first = 0
-        for experts, ends_S in _chunks(trace, steps, CHUNK_TOKENS, most_steps):
+        for experts, ends_S in step_chunks(trace, steps, CHUNK_TOKENS, most_steps):
             routed = router(experts, ends_S, float(full))
             schedule = chosen.schedule
             forward = passes(setting.variants, routed, chosen.exchange, schedule, schedule.forward, backward=False)
@@ -193,20 +193,8 @@ def simulate_event(
         layers=plan.placement.layers,
         tokens_per_step=float(full),
         notes=tuple(dict.fromkeys(notes)),
-        inputs={
-            "trace": trace.digest,
-            "selection": trace.selection,
-            "plan": plan.digest,
-            "cluster": cluster.digest,
-            "tokens_per_device": tokens_per_device,
-            "token_weight": weight,
-            "transport": costs.transport,
-            "dispatch": plan.placement.dispatch,
-            "system": chosen.name,
-            "mode": mode,
-            "context": context,
-            "contention": contention,
-        },
+        inputs=inputs_of(trace, plan, costs, tokens_per_device, weight)
+        | {"system": chosen.name, "mode": mode, "context": context, "contention": contention},
         moe_s_SL=ledger.layer_s_SL,
         step_s_S=np.diff(ledger.end_S, prepend=0.0),
         critical_path_s=dict(sorted(ledger.path_s.items())),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ def simulate(
     full = tokens_per_device * cluster.size
     steps = max(1, round(trace.tokens / full))
     most_steps = max(1, CHUNK_COUNTS // (len(placement.layers) * cluster.size**2))
-    for experts, ends_S in _chunks(trace, steps, chunk_tokens, most_steps):
+    for experts, ends_S in step_chunks(trace, steps, chunk_tokens, most_steps):
         traffic = route(experts, placement, cluster.node_G, ends_S=ends_S, tokens_per_step=full, selections=costs.way.per_selection)
         times = costs.layer_times(traffic, placement)
         load = traffic.device_tokens_SLG(placement)
@@ -79,20 +79,25 @@ def simulate(
         tokens_per_step=float(full),
         bottlenecks=dict(busiest),
         notes=tuple(notes),
-        inputs={
-            "trace": trace.digest,
-            "selection": trace.selection,
-            "plan": plan.digest,
-            "cluster": cluster.digest,
-            "tokens_per_device": tokens_per_device,
-            "token_weight": weight,
-            "transport": costs.transport,
-            "dispatch": placement.dispatch,
-        },
+        inputs=inputs_of(trace, plan, costs, tokens_per_device, weight),
     )
 
 
-def _chunks(trace: Trace, steps: int, chunk_tokens: int, most_steps: int | None = None) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.int64]]]:
+def inputs_of(trace: Trace, plan: Plan, cost: CostModel, tokens_per_device: int, token_weight: float) -> dict[str, Any]:
+    """What a simulation was made from, by digest: the `inputs` of its result."""
+    return {
+        "trace": trace.digest,
+        "selection": trace.selection,
+        "plan": plan.digest,
+        "cluster": cost.cluster.digest,
+        "tokens_per_device": tokens_per_device,
+        "token_weight": token_weight,
+        "transport": cost.transport,
+        "dispatch": plan.placement.dispatch,
+    }
+
+
+def step_chunks(trace: Trace, steps: int, chunk_tokens: int, most_steps: int | None = None) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.int64]]]:
     """The trace's T tokens as `steps` runs of T/steps tokens (to one token): several runs at a time, with their ends.
 
     At most `most_steps` runs at a time. The next batch is read while the caller works on this one.

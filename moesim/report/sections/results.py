@@ -39,8 +39,11 @@ def _split(found: Sequence[ResultPart]) -> Drawing:
     summaries = [r.summary for r in found]
     slowest = max(summaries, key=lambda s: s.layer_time_s)
     seconds = {kind: [getattr(s, f"{kind}_s") for s in summaries] for kind in ("dispatch", "compute", "combine")}
+    overlapping = any(summary.engine == "event" for summary in summaries)
     return Drawing(
-        caption="Time of a MoE layer, mean over steps and layers",
+        caption="Work of a MoE layer, mean over steps and layers; parts overlap, so a bar can be longer than the layer takes"
+        if overlapping
+        else "Time of a MoE layer, mean over steps and layers",
         alt=f"Stacked bars of dispatch, compute and combine; the longest is {slowest.name} at {quantity(slowest.layer_time_s, 's')}.",
         width=460,
         draw=partial(draw_split, names=[s.name for s in summaries], seconds=seconds),
