@@ -1,0 +1,1 @@
+"""Replay of expert caches: one layer of one step is one event."""

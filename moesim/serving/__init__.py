@@ -1,0 +1,1 @@
+"""Serving: requests, batches and key-value memory over time."""

@@ -1,0 +1,1 @@
+"""Sweeps: many cases, kept as they finish."""

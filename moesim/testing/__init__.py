@@ -1,0 +1,12 @@
+"""Conformance kit: a solver is tested by inheriting a suite and supplying one fixture.
+
+    class TestMine(PlacementSolverSuite):
+        solver = staticmethod(MySolver)          # anything that makes one when called without arguments
+
+pytest collects the tests of the suite. For determinism across processes the solver must be importable by name.
+"""
+
+from moesim.testing.placement import PlacementSolverSuite
+from moesim.testing.routing import MODEL, clustered_routing, problem_of
+
+__all__ = ["MODEL", "PlacementSolverSuite", "clustered_routing", "problem_of"]
