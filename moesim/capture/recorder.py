@@ -12,13 +12,12 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moesim.capture import compiled
 from moesim.capture.discover import Router
-from moesim.capture.gather import Kept, gather
+from moesim.capture.gather import Kept, gather, stacked
 from moesim.capture.hooks import place_hooks
 from moesim.capture.ring import Ring, WhenFull
 from moesim.capture.rows import RowBuffer
@@ -193,11 +192,11 @@ class Recorder:
         self._forward, self._kept, self._root_tokens = None, [], None
         if forward is not None:
             try:
-                tensors, silent = gather(self._groups[stream], kept, width=self.writer.info.top_k, weights=self.writer.info.weights)
+                found, rows, silent = gather(self._groups[stream], kept, width=self.writer.info.top_k, weights=self.writer.info.weights)
                 self._refuse_silent(stream, silent, forward[0].training)
-                if self._ring.put(forward[0], forward[1] | tensors):
+                if self._ring.put(forward[0], {**forward[1], **found}):
                     self.forwards += 1
-                    self.tokens += tensors["experts"].shape[1]
+                    self.tokens += rows
             except CaptureError as problem:
                 self._fail(str(problem))
         self.overhead_s += perf_counter() - began
@@ -215,16 +214,16 @@ class Recorder:
 
     # Writer thread ---------------------------------------------------------------------------------------------
 
-    def _consume(self, forward: Forward, arrays: dict[str, NDArray[Any]]) -> None:
-        found = {what: arrays.pop(what) for what in ("experts", "weights") if what in arrays}
+    def _consume(self, forward: Forward, arrays: dict[str, Any]) -> None:
+        found = {what: stacked(what, arrays.pop(what)) for what in ("experts", "weights") if what in arrays}
         shape = found["experts"].shape[1:]
         columns, matched = token_columns(forward, arrays, shape[0], self._sequences)
         self._unmatched += not matched
         layers = [router.layer for router in self._groups[forward.stream]]
-        blank = {"experts": np.full(shape, NO_EXPERT, np.uint16), "weights": np.zeros(shape, np.float16)}  # layers of other stacks
-        by_layer = {
-            what: {router.layer: blank[what] for router in self.routers} | dict(zip(layers, values, strict=True)) for what, values in found.items()
-        }
+        by_layer = {what: dict(zip(layers, values, strict=True)) for what, values in found.items()}
+        if len(layers) < len(self.routers):  # layers of other stacks
+            blank = {"experts": np.full(shape, NO_EXPERT, np.uint16), "weights": np.zeros(shape, np.float16)}
+            by_layer = {what: {router.layer: blank[what] for router in self.routers} | values for what, values in by_layer.items()}
         self._rows.add(by_layer["experts"], by_layer.get("weights"), columns)
 
     def _flush(self) -> None:

@@ -15,17 +15,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 WhenFull = Literal["block", "drop"]
-Consume = Callable[[Any, dict[str, NDArray[Any]]], None]
-LOOK_S = 0.1
+Held = Tensor | list[Tensor | None]  # a list holds CPU tensors only
+Consume = Callable[[Any, dict[str, Any]], None]  # label, arrays (or lists of arrays) by name
+LOOK_S = 0.5
 
 
 class Ring:
     """Bounded hand-over to one thread that calls `consume(label, arrays)`, and `flush()` after the first pass, when idle and at the end.
 
-    The thread looks ten times a second, and at once when the ring is half full: waking it for every pass would stop
+    The thread looks twice a second, and at once when the ring is half full: waking it for every pass would stop
     the producer as often, for both need the interpreter lock. `put` blocks or drops when `slots` passes wait. After the
     first failure (kept in `failure`) everything is discarded, so that the producer never hangs; the producer decides
     how to raise it.
@@ -46,7 +47,7 @@ class Ring:
         self._thread = threading.Thread(target=self._run, name="moesim-capture", daemon=True)
         self._thread.start()
 
-    def put(self, label: Any, tensors: dict[str, torch.Tensor]) -> bool:
+    def put(self, label: Any, tensors: dict[str, Held]) -> bool:
         """Hand over one pass; False when it was dropped because the ring is full or has failed."""
         try:
             slot = self._free.get(block=self._when_full == "block" and self.failure is None)
@@ -108,18 +109,19 @@ class _Slot:
     def __init__(self) -> None:
         self.label: Any = None
         self.size_B = 0
-        self._held: dict[str, torch.Tensor] = {}
-        self._pinned: dict[str, torch.Tensor] = {}
+        self._held: dict[str, Held] = {}
+        self._pinned: dict[str, Tensor] = {}
         self._sides: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[torch.cuda.Event] = []
 
-    def load(self, label: Any, tensors: dict[str, torch.Tensor]) -> None:
+    def load(self, label: Any, tensors: dict[str, Held]) -> None:
         self.label = label
-        self.size_B = sum(t.numel() * t.element_size() for t in tensors.values())
-        self._held = {name: self._to_host(name, t) if t.is_cuda else t for name, t in tensors.items()}
+        every = (t for held in tensors.values() for t in (held if isinstance(held, list) else (held,)))
+        self.size_B = sum(t.numel() * t.element_size() for t in every if t is not None)
+        self._held = {name: self._to_host(name, t) if isinstance(t, Tensor) and t.is_cuda else t for name, t in tensors.items()}
         self._done = [side.record_event() for side in self._sides.values()]
 
-    def _to_host(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_host(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.device not in self._sides:
             self._sides[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
         side = self._sides[tensor.device]
@@ -134,11 +136,20 @@ class _Slot:
             tensor.record_stream(side)
         return host
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, Any]:
         """The tensors as arrays that stay valid after the slot is used again."""
         for event in self._done:
             event.synchronize()
-        return {name: np.array(t.numpy(), copy=name in self._pinned) for name, t in self._held.items()}
+        return {name: self._array(name, held) for name, held in self._held.items()}
+
+    def _array(self, name: str, held: Held) -> Any:
+        if isinstance(held, list):
+            return [None if t is None else _numpy(t) for t in held]
+        return np.array(held.numpy(), copy=name in self._pinned)
 
     def clear(self) -> None:
         self.label, self._held, self._done = None, {}, []
+
+
+def _numpy(tensor: Tensor) -> Any:
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # numpy has no bfloat16

@@ -36,6 +36,13 @@ class Sequences:
         self._next = 0
         self._current: dict[int, tuple[int, NDArray[np.int64]]] = {}
 
+    def begin(self, forward: Forward) -> NDArray[np.int64]:
+        """Ids [B] of fresh sequences, one a row."""
+        ids_B = self._next + np.arange(forward.batch)
+        self._next += forward.batch
+        self._current[forward.stream] = (forward.prompt, ids_B)
+        return ids_B
+
     def number(self, forward: Forward, start_BS: NDArray[np.bool_], valid_BS: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Sequence id [B, S]; -1 where padding. `start_BS` marks first tokens of sequences packed behind others."""
         prompt, last_B = self._current.get(forward.stream, (-1, np.empty(0, np.int64)))
@@ -62,6 +69,8 @@ def token_columns(forward: Forward, inputs: dict[str, NDArray[Any]], rows: int, 
     and sequence and token_id are -1.
     """
     batch, length = forward.batch, forward.length
+    if _plain(forward, inputs, rows):
+        return _plain_columns(forward, inputs, sequences), True
     past = int(inputs["past"]) if "past" in inputs else forward.past
     valid_BS = _valid(inputs.get("mask"), batch, length, past)
     position_BS, start_BS = _positions(inputs, batch, length, past, valid_BS)
@@ -81,6 +90,27 @@ def token_columns(forward: Forward, inputs: dict[str, NDArray[Any]], rows: int, 
         keep = flat["valid"]
         flat = {name: column[keep] for name, column in flat.items()}
     return {"domain": domain} | columns | flat, True
+
+
+def _plain(forward: Forward, inputs: dict[str, NDArray[Any]], rows: int) -> bool:
+    """Whole sequences from their start without padding: most training, and nothing to look up per token."""
+    if forward.past or forward.sequence_first or rows != forward.batch * forward.length or not forward.length or "past" in inputs:
+        return False
+    return "position" not in inputs and "bounds" not in inputs and isinstance(forward.domain, str) and bool(inputs.get("mask", np.True_).all())
+
+
+def _plain_columns(forward: Forward, inputs: dict[str, NDArray[Any]], sequences: Sequences) -> dict[str, Any]:
+    batch, length = forward.batch, forward.length
+    return {
+        "domain": forward.domain,
+        "step": forward.step,
+        "microbatch": forward.microbatch,
+        "phase": "train" if forward.training else "prefill",
+        "sequence": np.repeat(sequences.begin(forward), length),
+        "position": np.tile(np.arange(length), batch),
+        "token_id": inputs["token_id"].reshape(-1) if "token_id" in inputs else np.full(batch * length, -1),
+        "valid": np.ones(batch * length, bool),
+    }
 
 
 def _per_sequence(domain: Sequence[str], batch: int) -> Sequence[str]:

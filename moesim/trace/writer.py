@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +19,16 @@ from moesim.files import write_json
 from moesim.model import ModelSpec
 from moesim.trace.schema import FORMAT_VERSION, MANIFEST, NO_EXPERT, PHASES, TraceInfo, arrow_schema
 
-Column = NDArray[Any] | Sequence[Any] | int | str | bool
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A column of few words: token t says `words[codes_T[t]]`. Saves looking at every token's text."""
+
+    words: tuple[str, ...]
+    codes_T: NDArray[np.int32]
+
+
+Column = NDArray[Any] | Sequence[Any] | Coded | int | str | bool
 
 
 class TraceWriter:
@@ -131,12 +141,10 @@ class TraceWriter:
         import pyarrow as pa
 
         if pa.types.is_dictionary(field.type):
-            texts = [value] if isinstance(value, str) else [str(text) for text in np.asarray(value).tolist()]
-            names, codes = np.unique(np.asarray(texts, dtype=object), return_inverse=True)
-            if field.name == "phase" and (unknown := sorted(set(names) - set(PHASES))):
+            coded = _coded(value, rows)
+            if field.name == "phase" and (unknown := sorted(set(coded.words) - set(PHASES))):
                 raise TraceError(f"phase {unknown[0]!r} is unknown; use one of {', '.join(PHASES)}")
-            codes = np.broadcast_to(codes, rows) if len(codes) == 1 else codes
-            return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), pa.array(names.tolist(), pa.string()))
+            return pa.DictionaryArray.from_arrays(pa.array(coded.codes_T), pa.array(coded.words, pa.string()))
         array = np.asarray(value)
         if array.ndim and array.shape != (rows,):
             raise TraceError(f"column {field.name!r}: expected one value or {rows}, got shape {list(array.shape)}")
@@ -239,6 +247,16 @@ class _Hashing:
 
     def hexdigest(self) -> str:
         return self._sum.hexdigest()
+
+
+def _coded(value: Column, rows: int) -> Coded:
+    """Words of a column given as one word, as codes, or as one word per token."""
+    if isinstance(value, Coded):
+        return value
+    if isinstance(value, str):
+        return Coded((value,), np.zeros(rows, np.int32))
+    names, codes = np.unique(np.asarray([str(text) for text in np.asarray(value).tolist()], dtype=object), return_inverse=True)
+    return Coded(tuple(names.tolist()), np.broadcast_to(codes, rows).astype(np.int32) if len(codes) == 1 else codes.astype(np.int32))
 
 
 def _clean_ids(ids_TK: NDArray[Any], model: ModelSpec, layer: int) -> NDArray[np.uint16]:
