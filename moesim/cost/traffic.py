@@ -162,8 +162,7 @@ def route(
         experts_TLK, step_N, turn_N, source_N, table.start_LGE, table.count_LGE, table.slots, placement.device_P,
         np.asarray(node_G, np.int32), slot_out, copies, node_copies, pairs,
     )  # fmt: skip
-    lives = np.zeros((steps, devices))
-    np.add.at(lives, (step_N, source_N), 1.0)
+    lives = np.bincount(step_N * np.int64(devices) + source_N, minlength=steps * devices).reshape(steps, devices)
     scale_S = np.ones(steps) if tokens_per_step is None else tokens_per_step / length_S
     return Traffic(
         slot_tokens_SLP=slot_out * scale_S[:, None, None],

@@ -195,8 +195,11 @@ class Trace:
         return np.concatenate(gathered)
 
     def _check_ids(self, experts_TLK: NDArray[np.uint16], layers: Sequence[int], part: Path) -> None:
-        if (experts_TLK + np.uint16(1)).max(initial=0) > self.model.experts:  # 65535, no selection, wraps to 0
-            bad = (experts_TLK >= self.model.experts) & (experts_TLK != NO_EXPERT)
+        signed = experts_TLK.view(np.int16)  # 65535, no selection, reads as -1: no copy to look for the largest id
+        if signed.max(initial=-1) < self.model.experts and signed.min(initial=-1) >= -1:
+            return
+        bad = (experts_TLK >= self.model.experts) & (experts_TLK != NO_EXPERT)
+        if bad.any():
             token, layer, choice = np.argwhere(bad)[0]
             raise TraceError(
                 f"{part}: expert id {experts_TLK[token, layer, choice]} out of range 0..{self.model.experts - 1} at layer {layers[layer]}; "
