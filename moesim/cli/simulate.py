@@ -50,6 +50,9 @@ def run(
         typer.Option("--engine", help="lockstep (default), or event: streams that overlap. The options below imply event."),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A published system (see `moesim systems`). Default: plain.")] = None,
+    cache_plan: Annotated[
+        Path | None, typer.Option("--cache-plan", help="Which experts stay on the devices, as `moesim cache` decided; the others are copied.")
+    ] = None,
     mode: Mode = None,
     context: Context = None,
     contention: Contention = None,
@@ -68,11 +71,18 @@ def run(
     from moesim.cost.energy import ASSUMPTION, energy_of
     from moesim.files import check_output, write_json
     from moesim.hardware import load_cluster
-    from moesim.plan import load_plan
+    from moesim.plan import load_cache_plan, load_plan
     from moesim.sim import simulate
     from moesim.units import human
 
-    options = {"--system": system, "--mode": mode, "--context": context, "--contention": contention, "--timeline": timeline}
+    options = {
+        "--system": system,
+        "--cache-plan": cache_plan,
+        "--mode": mode,
+        "--context": context,
+        "--contention": contention,
+        "--timeline": timeline,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     if given and engine == "lockstep":
         raise InputError(f"--engine lockstep knows no {', '.join(given)}; leave {'it' if len(given) == 1 else 'them'} out, or take --engine event")
@@ -84,12 +94,19 @@ def run(
     where, loaded = load_cluster(cluster), load_plan(plan)
     source = open_trace(trace, tokens=tokens, domain=domain, phase=phase)
     loaded.check_fits(source.model, where.size, place=str(plan))
+    cached = load_cache_plan(cache_plan) if cache_plan else None
+    if cached:
+        cached.check_fits(source.model, loaded, place=str(cache_plan))
     cost = CostModel.of(where, source.model, transport=transport)
     with progress("simulating"):
         if given or engine == "event":
             from moesim.sim.event import simulate_event
 
-            values: dict[str, Any] = {name.removeprefix("--"): value for name, value in given.items()}
+            values: dict[str, Any] = {name.removeprefix("--"): value for name, value in given.items() if name != "--cache-plan"}
+            if cached:
+                from moesim.optimize.cache_score import with_cache
+
+                values["system"] = with_cache(cached, source.model, system or "plain")
             event = simulate_event(source, loaded, where, tokens_per_device=tokens_per_device, cost=cost, **values)
         else:
             event = None
@@ -143,6 +160,12 @@ def show_event(event: EventResult) -> None:
         busiest = sorted(use.items(), key=lambda item: (-item[1], item[0]))[:BUSIEST]
         if busiest:
             table(title, ["name", "busy"], [[name, f"{share:.1%}"] for name, share in busiest])
+    if event.copies:
+        c = event.copies
+        print(
+            f"experts in place {c.hit_ratio:.1%} of {c.asked}, copied ahead {c.recall:.1%} of the missing ({c.timely_recall:.1%} in time); a step "
+            f"copies {human(c.demand_B / steps, 'B')} on demand, {human(c.ahead_B / steps, 'B')} ahead ({human(c.wrong_B / steps, 'B')} in vain)"
+        )
     for way, counts in event.degrees.items():
         if set(counts) != {1}:
             print(f"pipeline degrees {way}: {', '.join(f'{r} in {n}' for r, n in counts.items())} of {sum(counts.values())} layers")

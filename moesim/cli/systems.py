@@ -47,14 +47,18 @@ def changes(system: System) -> list[str]:
     from moesim.systems import Exchange, Plain, Schedule
 
     found = []
-    if not isinstance(system.routing, Plain):
-        first = (inspect.getdoc(type(system.routing)) or type(system.routing).__name__).split("\n\n")[0]
+    routing: Any = system.routing
+    while not isinstance(routing, Plain):
+        first = (inspect.getdoc(type(routing)) or type(routing).__name__).split("\n\n")[0]
         found.append(" ".join(first.split()).rstrip("."))
+        routing = getattr(routing, "inner", Plain())
     for part, plain in ((system.exchange, Exchange()), (system.schedule, Schedule())):
         set_otherwise = [f.name for f in fields(part) if getattr(part, f.name) != getattr(plain, f.name)]
         found += [_said(name, getattr(part, name)) for name in set_otherwise]
     if system.ring:
         found.append(f"ring: experts of {system.ring.layers} layers on the device, copied from {system.ring.link or 'the host'}")
+    if system.residency:
+        found += system.residency.words()
     return found
 
 

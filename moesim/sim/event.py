@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ from moesim.errors import InputError
 from moesim.hardware import Cluster, load_links
 from moesim.plan import Plan
 from moesim.result import Result
+from moesim.sim.copies import CopyUse, Fetcher
 from moesim.sim.dense import MODES, NOTE, Mode, dense_times, gather_s
 from moesim.sim.fabric import Fabric, Wiring, link_use
 from moesim.sim.hops import LinkLoads
 from moesim.sim.layers import Pass, passes, projection_s, variants, without_oversubscription
 from moesim.sim.ledger import Ledger
 from moesim.sim.lockstep import CHUNK_COUNTS, CHUNK_TOKENS, inputs_of, step_chunks
-from moesim.sim.program import Chunk, Program, Setting
+from moesim.sim.program import Chunk, Program, Setting, tokens_by_slot
+from moesim.sim.residency import settle
 from moesim.sim.streams import Runner
 from moesim.sim.tasks import ALL, Block, Task
 from moesim.sim.timeline import Timeline
@@ -54,6 +56,7 @@ class EventResult(Result):
     degrees            how often each pipeline degree was chosen, forward and backward
     exchanges          all-to-alls of one step that carried something
     gathered           experts gathered on every device, mean over steps and layers
+    copies             what was copied to devices whose experts do not all stay on them; None: all do
     tasks, events      tasks that ran, and SimPy events it took: tasks that end together share one
     """
 
@@ -69,6 +72,7 @@ class EventResult(Result):
     events: int
     system: str
     gathered: float = field(default=0.0)
+    copies: CopyUse | None = field(default=None)
 
     @cached_property
     def layer_s_SL(self) -> NDArray[np.float64]:
@@ -91,6 +95,8 @@ class EventResult(Result):
             "tasks": self.tasks,
             "events": self.events,
         }
+        if self.copies:
+            section["copies"] = self.copies.to_dict()
         return super().to_dict() | {"event": section}
 
 
@@ -125,7 +131,7 @@ def simulate_event(
         raise InputError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
     if tokens_per_device < 1 or context < 1:
         raise InputError(f"tokens_per_device={tokens_per_device}, context={context}: both must be >= 1")
-    if chosen.ring and mode == "training":
+    if (chosen.ring or chosen.residency) and mode == "training":
         raise InputError(f"system {chosen.name!r} copies experts from the host, which is modelled for inference only; use prefill or decode")
     plan.check_fits(trace.model, cluster.size, place=f"plan {plan.name!r}")
     base = cost or CostModel.of(cluster, trace.model)
@@ -147,26 +153,32 @@ def simulate_event(
     full = tokens_per_device * cluster.size
     steps = max(1, round(trace.tokens / full))
     most_steps = max(1, CHUNK_COUNTS // (len(plan.placement.layers) * cluster.size**2))
-    totals, program = _Totals(setting, training=mode == "training"), Program(setting)
-    ledger = Ledger(steps, len(plan.placement.layers))
 
-    def blocks() -> Iterator[Block]:
+    def routes() -> Iterator[Routed]:
         router = chosen.routing.router(
             plan.placement,
             cluster.node_G,
             gatherable=_gatherable(costs, float(dense.attention_LG.min()), plan.placement.experts),
             selections=any(way.way.per_selection for way in ways),
         )
-        first = 0
         for experts, ends_S in step_chunks(trace, steps, CHUNK_TOKENS, most_steps):
-            routed = router(experts, ends_S, float(full))
+            yield router(experts, ends_S, float(full))
+
+    if chosen.residency:
+        setting = replace(setting, fetcher=Fetcher(settle(chosen.residency, costs, routes()), costs))
+    totals, program = _Totals(setting, training=mode == "training"), Program(setting)
+    ledger = Ledger(steps, len(plan.placement.layers))
+
+    def blocks() -> Iterator[Block]:
+        first = 0
+        for routed in routes():
             schedule = chosen.schedule
-            forward = passes(setting.variants, routed, chosen.exchange, schedule, schedule.forward, backward=False)
+            forward = _forward(setting, routed, first)
             backward = passes(setting.variants, routed, chosen.exchange, schedule, schedule.backward, backward=True) if totals.training else None
             chunk = Chunk(first=first, routed=routed, forward=forward, backward=backward)
             totals.add(chunk)
             yield from program.blocks(chunk)
-            first += len(ends_S)
+            first += len(routed.gathered_SL)
 
     with ExitStack() as stack:
         on_task = ledger.task_ended
@@ -182,6 +194,8 @@ def simulate_event(
     seconds = float(ledger.end_S[-1])
     weight = full * steps / trace.tokens
     notes = [*(note for way in ways for note in way.notes), NOTE, *totals.notes(steps)]
+    if setting.fetcher:
+        notes += setting.fetcher.stay.notes
     if weight > 2:
         notes.append(f"the trace holds fewer tokens than one step needs: every token stands for {weight:.3g}")
     return EventResult(
@@ -205,6 +219,7 @@ def simulate_event(
         tasks=runner.tasks,
         events=runner.events,
         system=chosen.name,
+        copies=setting.fetcher.use() if setting.fetcher else None,
     )
 
 
@@ -288,6 +303,19 @@ def _system(system: System | str) -> System:
     if system not in SYSTEMS:
         raise InputError(f"system {system!r} is unknown; use one of {', '.join(sorted(SYSTEMS))}")
     return SYSTEMS[system]
+
+
+def _forward(setting: Setting, routed: Routed, first: int) -> Pass:
+    """Forward pass of some steps from `first` on, with what a residency changes about computation."""
+    schedule, fetcher = setting.system.schedule, setting.fetcher
+    here = fetcher.stay.held(routed, first) if fetcher else routed
+    forward = passes(setting.variants, here, setting.system.exchange, schedule, schedule.forward, backward=False)
+    if fetcher is None or setting.system.residency is None or setting.system.residency.order == "grouped":
+        return forward
+    compute = forward.compute_SLG.copy()
+    for s, layer, g in np.ndindex(*compute.shape):
+        compute[s, layer, g] = fetcher.experts_s(first + s, layer, g, tokens_by_slot(routed, s, layer, g))
+    return replace(forward, compute_SLG=compute)
 
 
 def _fetch_s(system: System, plan: Plan, trace: Trace, cluster: Cluster) -> list[float]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moesim.cost import CostModel
 from moesim.plan import Placement
+from moesim.sim.copies import Fetcher
 from moesim.sim.dense import DenseTimes, gather_s, optimizer_s
 from moesim.sim.hops import LinkLoads
 from moesim.sim.layers import Pass
@@ -38,6 +39,7 @@ class Setting:
 
     variants     the cost model under each transport of the system's exchange
     fetch_s_G    copy of one layer's experts, for systems with a ring
+    fetcher      copies of experts, for systems with a residency
     contention   traffic shares links; otherwise exchanges take the cost model's time and traffic takes turns
     """
 
@@ -50,6 +52,14 @@ class Setting:
     fetch_s_G: Sequence[float]
     links: LinkLoads
     contention: bool
+    fetcher: Fetcher | None = None
+
+
+def tokens_by_slot(routed: Routed, step: int, layer: int, g: int) -> Floats:
+    """tokens_X that each of a device's slots computes in one layer of one step."""
+    slots_G = routed.placement.slots_G
+    end = int(slots_G[: g + 1].sum())
+    return routed.traffic.slot_tokens_SLP[step, layer, end - int(slots_G[g]) : end]
 
 
 class Program:
@@ -100,7 +110,9 @@ class Program:
         if any(shared) and system.schedule.shared_beside:
             self._each(tasks, "shared", shared, front, label)
         needed = self._gather(tasks, chunk, s, layer, label)
-        needed_G = [(*needed, *(self._ring.get(self._counted, [])[g : g + 1])) for g in self.devices]
+        needed_G: Sequence[Sequence[Task]] = [(*needed, *(self._ring.get(self._counted, [])[g : g + 1])) for g in self.devices]
+        if setting.fetcher:
+            needed_G = setting.fetcher.asked(tasks, label, front)
         ends = self._experts(tasks, chunk, chunk.forward, s, layer, label, front, needed_G)
         if system.ring:
             self._ring.pop(self._counted, None)
@@ -216,11 +228,15 @@ class Program:
         compute = times.compute_SLG[s, layer].tolist()
         computed: list[Sequence[Task]] = []
         for i in range(parts):
-            group = []
+            group: list[Task] = []
             for g in self.devices:
                 after = (there[i], *needed_G[g]) if i == 0 else (there[i],)
-                group.append(Task("experts", "compute", compute[g], after, device=g, label=label, chunk=i))
-            tasks += group
+                if self.setting.fetcher:
+                    tokens_X = tokens_by_slot(chunk.routed, s, layer, g)
+                    group += self.setting.fetcher.experts(tasks, label, g, i, compute[g], after, needed_G[g], tokens_X)
+                else:
+                    group.append(Task("experts", "compute", compute[g], after, device=g, label=label, chunk=i))
+                    tasks.append(group[-1])
             computed.append(group)
         # no part returns before all have left: the stage order that pipeline_span assumes
         back, _ = self._cross(tasks, chunk, times, s, layer, label, [[*group, *last_there] for group in computed], back=True)

@@ -17,18 +17,20 @@ ALL = -1  # device of a collective, which occupies the same stream of every devi
 class Task:
     """A piece of work on one stream. `after` are the tasks it waits for; times are set by the run.
 
-    kind       attention, gate, encode, dispatch, experts, combine, decode, fetch, gather, reduce, optimizer
+    kind       attention, gate, encode, dispatch, experts, combine, decode, sync, read, fetch, prefetch, send, host experts,
+               return, gather, reduce, optimizer
     device     that runs it, or ALL
-    stream     compute, h2d, d2h, or of a collective: exchange, intra, inter, weights, gradients
+    stream     compute, h2d, d2h, nvme, memory, host, or of a collective: exchange, intra, inter, weights, gradients
     work_s     seconds it takes undisturbed
     load_K     bytes on the links, for tasks that share the fabric; it then takes at least work_s
     sm_share   share of every device's compute it takes while it runs
     chunk_s    > 0: may be interrupted by more urgent tasks at multiples of chunk_s
     priority   lower is more urgent; equal ones in the order they became ready
+    about      what it does, in words, where the kind does not say it
     """
 
     __slots__ = (
-        "after", "block", "cause", "chunk", "chunk_s", "device", "end", "event", "idle_since", "kind", "label", "left_s",
+        "about", "after", "block", "cause", "chunk", "chunk_s", "device", "end", "event", "idle_since", "kind", "label", "left_s",
         "load_K", "next", "on", "priority", "since", "sm_share", "start", "stream", "turn", "waiting", "work_s",
     )  # fmt: skip
 
@@ -46,6 +48,7 @@ class Task:
         sm_share: float = 0.0,
         chunk_s: float = 0.0,
         priority: int = 0,
+        about: str = "",
     ) -> None:
         if not 0 <= work_s < np.inf:
             raise SimulationError(f"task {kind} of device {device}: takes {work_s} s; a cost must be finite and >= 0")
@@ -60,6 +63,7 @@ class Task:
         self.sm_share = sm_share
         self.chunk_s = chunk_s
         self.priority = priority
+        self.about = about
         self.left_s = work_s
         self.start = -1.0  # -1: not yet
         self.end = -1.0

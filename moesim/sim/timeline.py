@@ -17,10 +17,13 @@ from typing import Any, BinaryIO, Self
 from moesim.hardware import Cluster
 from moesim.sim.tasks import ALL, Task
 
-_TRACKS = ("compute", "h2d", "d2h", "exchange", "intra", "inter", "weights", "gradients")
+_TRACKS = ("compute", "h2d", "d2h", "nvme", "memory", "host", "exchange", "intra", "inter", "weights", "gradients")
 _TITLES = {
     "h2d": "copy host→device",
     "d2h": "copy device→host",
+    "nvme": "read from SSD",
+    "memory": "copy inside the device",
+    "host": "experts on the host",
     "exchange": "all-to-all",
     "intra": "inside nodes",
     "inter": "between nodes",
@@ -66,7 +69,7 @@ class Timeline:
         step, layer = task.label
         self._write(
             {
-                "name": task.kind,
+                "name": task.about or task.kind,
                 "cat": task.stream,
                 "ph": "X",
                 "ts": round(task.start * 1e6, 4),

@@ -33,6 +33,7 @@ class Section:
     claims: Sequence[Claim]
     conditions: str  # what the headline needs
     differs: str
+    about: str = ""  # title, paper and claim of what changes no layer and so is none of `moesim systems`
 
 
 def structure(what: str, ok: bool, simulated: str, published: str = "by construction") -> Claim:
@@ -43,6 +44,11 @@ def structure(what: str, ok: bool, simulated: str, published: str = "by construc
 def band(what: str, published: str, simulated: str, ok: bool) -> Claim:
     """A check of kind B."""
     return Claim(kind="B", what=what, published=published, simulated=simulated, ok=bool(ok))
+
+
+def agrees(what: str, published: str, simulated: str, ok: bool) -> Claim:
+    """A check of kind Q."""
+    return Claim(kind="Q", what=what, published=published, simulated=simulated, ok=bool(ok))
 
 
 def times(*figures: float) -> str:

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
-from moesim.systems import bigmac, deepspeed, exflow, fsmoe, hecate, lsh, moepp, plain, semoe, tutel
+from moesim.systems import (
+    bigmac,
+    d2moe,
+    deepspeed,
+    edge_moe,
+    exflow,
+    expertflow,
+    fiddler,
+    fsmoe,
+    hecate,
+    lsh,
+    m2r2,
+    m3vit,
+    moe_infinity,
+    moepp,
+    plain,
+    pregated,
+    readme,
+    semoe,
+    sn40l,
+    tutel,
+)
+from moesim.systems.batching import OneRoute, Regrouped
 from moesim.systems.mechanisms import Exchange, Ring, Schedule, System
+from moesim.systems.residency import Planes, Residency
 from moesim.systems.routing import Coherent, Materialised, Plain, ZeroCost
 
 _ALL = (
@@ -17,7 +40,31 @@ _ALL = (
     lsh.SYSTEM,
     moepp.SYSTEM,
     semoe.SYSTEM,
+    pregated.SYSTEM,
+    expertflow.SYSTEM,
+    readme.SYSTEM,
+    moe_infinity.SYSTEM,
+    d2moe.SYSTEM,
+    m2r2.SYSTEM,
+    edge_moe.SYSTEM,
+    m3vit.SYSTEM,
+    sn40l.SYSTEM,
+    fiddler.SYSTEM,
 )
 SYSTEMS = {system.name: system for system in _ALL}
 
-__all__ = ["SYSTEMS", "Coherent", "Exchange", "Materialised", "Plain", "Ring", "Schedule", "System", "ZeroCost"]
+__all__ = [
+    "SYSTEMS",
+    "Coherent",
+    "Exchange",
+    "Materialised",
+    "OneRoute",
+    "Plain",
+    "Planes",
+    "Regrouped",
+    "Residency",
+    "Ring",
+    "Schedule",
+    "System",
+    "ZeroCost",
+]

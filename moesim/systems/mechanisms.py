@@ -3,7 +3,8 @@
 Routing   which tokens go where, and which experts are on a device for the step (moesim.systems.routing)
 Exchange  what the all-to-alls carry and how they travel
 Schedule  what runs beside what
-Ring      expert weights that do not stay on the device
+Ring      experts of whole layers that take turns on the device
+Residency experts that do not all stay on the device (moesim.systems.residency)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 from moesim.cost import TRANSPORTS
 from moesim.errors import InputError
+from moesim.systems.residency import Residency
 from moesim.systems.routing import Plain, Routing
 
 
@@ -99,6 +101,13 @@ class System:
     exchange: Exchange = field(default_factory=Exchange)
     schedule: Schedule = field(default_factory=Schedule)
     ring: Ring | None = None
+    residency: Residency | None = None
+
+    def __post_init__(self) -> None:
+        if self.ring and self.residency:
+            raise InputError(f"system {self.name!r} has a ring and a residency; a layer's experts come one way: leave one out")
+        if self.residency and (self.residency.order == "one-by-one" or self.residency.host) and self.schedule.forward != (1,):
+            raise InputError(f"system {self.name!r}: experts one by one or on the host go with pipeline degree 1, not {self.schedule.forward}")
 
 
 SystemMaker = Callable[..., System]

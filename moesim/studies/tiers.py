@@ -1,0 +1,259 @@
+"""Headlines of systems about where weights live and how they come: D2MoE, Edge-MoE, M3ViT, SN40L, Fiddler.
+
+One function per system returns a `Section`. Every verdict is computed from the figures beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from moesim.cost import CostModel
+from moesim.cost.copies import PINNED_SHARE, ping_pong_s
+from moesim.cost.offload import crossover, fetching, on_chip_B, one_by_one_s
+from moesim.hardware import Cluster, load_device, load_hosts
+from moesim.sim.residency import one_expert_s
+from moesim.studies.caching import hosted, kept, sequence_ids
+from moesim.studies.cases import Bench, Ids, cluster_of, model_of, step_gain, zipf_ids
+from moesim.studies.claims import Section, band, structure, times
+from moesim.systems import Residency, d2moe, sn40l
+from moesim.systems.fiddler import HOST
+
+
+def best_order_s(loads: Sequence[float], computes: Sequence[float]) -> float:
+    """Shortest time of pieces loaded and computed in any common order with room for all (Johnson's rule, exact)."""
+    early = sorted((i for i in range(len(loads)) if loads[i] <= computes[i]), key=lambda i: loads[i])
+    late = sorted((i for i in range(len(loads)) if loads[i] > computes[i]), key=lambda i: -computes[i])
+    order = [*early, *late]
+    return one_by_one_s([loads[i] for i in order], [computes[i] for i in order], buffers=None)
+
+
+def d2moe_study(bench: Bench) -> Section:
+    """Bit planes from an SSD: order, nesting and memory."""
+    model, cluster = model_of(layers=4, experts=8, top_k=2, hidden=4096, intermediate=3584, gated=True), hosted("rtx-3060", host="edge")
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, 9) ** 0.7
+    ids = np.stack([np.random.default_rng(t).choice(8, 2, replace=False, p=share / share.sum()) for t in rng.integers(0, 1 << 30, 256 * 4)])
+    trace = bench.trace(model, np.asarray([5, 2, 7, 0, 3, 6, 1, 4])[ids].reshape(256, 4, 2))  # popularity in no order of ids
+    run: dict[str, Any] = {"tokens_per_device": 32, "mode": "decode", "context": 512}
+    ours = {share: bench.run(trace, cluster, system=d2moe.make(share=share), **run).step_s_S.sum() for share in (None, 0.125, 0.25, 0.5, 0.75)}
+    rising = list(ours.values()) == sorted(ours.values(), reverse=True)
+    by_id, apart = (bench.run(trace, cluster, system=s, **run).step_s_S.sum() for s in (d2moe.make(hottest_first=False), d2moe.make(nested=False)))
+    four = bench.run(
+        trace, cluster, system=kept(Residency(share=0.25, order="one-by-one", buffers=None, bits=4.0, tier="nvme")), **run
+    ).step_s_S.sum()
+    base_s, never = ours[0.25], True
+    for seed in range(40):
+        draw = np.random.default_rng(seed).uniform(0, 1, (2, 5))
+        never &= one_by_one_s(draw[0].tolist(), draw[1].tolist(), buffers=None) >= best_order_s(draw[0].tolist(), draw[1].tolist()) - 1e-12
+    brute = all(
+        abs(best_order_s(l, c) - min(one_by_one_s([l[i] for i in p], [c[i] for i in p], buffers=None) for p in itertools.permutations(range(4))))
+        < 1e-12
+        for l, c in (np.random.default_rng(seed).uniform(0, 1, (2, 4)).tolist() for seed in range(20))
+    )
+    return Section(
+        name="d2moe",
+        published="RTX 3060 of 6 GB and Jetson Orin over an SSD of 3.5 GB/s: 1.14-1.39x over EdgeMoE; hottest first 1.11-1.21x, "
+        "nested planes 1.91-4.95x; "
+        "66.45 -> 83.14 tokens/s from 200 to 1,600 MB at 32 requests.",
+        modelled="4 MoE layers of half Mixtral's width, 32 requests in decode on an RTX 3060 over PCIe 3.0 and an SSD of 3.5 "
+        "GB/s; planes of 2, 1 and 1 bits, a "
+        "quarter of a layer's experts wants all, popularity 1/rank^0.7 (assumed).",
+        claims=[
+            structure(
+                "no order is shorter than the best one",
+                never and brute,
+                "Johnson's rule equals brute force over 24 orders, 20 cases; 40 schedules above it",
+            ),
+            structure(
+                "more slots are never slower", rising, " / ".join(f"{256 / s:.1f}" for s in ours.values()) + " tokens/s at 0 to 75 % of the experts"
+            ),
+            band(
+                "tokens/s from little to much memory",
+                times(83.14 / 66.45),
+                times(ours[0.125] / ours[0.5]) + " from 12.5 to 50 %",
+                ours[0.125] / ours[0.5] >= 83.14 / 66.45,
+            ),
+            band("nested planes over separate copies", "1.91-4.95x", times(float(apart / base_s)), apart / base_s >= 1.91),
+            band("hottest first over order of ids", "1.11-1.21x", times(float(by_id / base_s)), by_id / base_s >= 1.11),
+            band("planes over four bits for every expert", "1.14-1.39x", times(float(four / base_s)), four / base_s >= 1.14),
+        ],
+        conditions="over an SSD copies take nearly all of a step, and an order of them only moves the last computation. Nesting "
+        "pays by the precisions asked: at "
+        "most 9 bits against 4 here.",
+        differs="EdgeMoE itself is not modelled, all experts at four bits stand for it; which tokens want which bits is an "
+        "input. Tokens/s are those of our "
+        "layers alone.",
+    )
+
+
+def _fpga(experts: int) -> tuple[Cluster, Any]:
+    """A ZCU104 with a model whose experts fit its chip twice."""
+    model = model_of(layers=2, experts=experts, top_k=2, hidden=192, intermediate=768)
+    return replace(cluster_of("a100-80", 1, 1), devices=(load_device("zcu104"),)), model
+
+
+def _pair_ids(tokens: int, experts: int, layers: int, *, seed: int = 0) -> Ids:
+    rng = np.random.default_rng(seed)
+    return rng.permuted(np.tile(np.arange(experts), (tokens * layers, 1)), axis=1)[:, :2].reshape(tokens, layers, 2)
+
+
+def edge_moe_study(bench: Bench) -> Section:
+    """Expert by expert on an FPGA: bytes, the closed form, and the sign of the energy."""
+    cluster, model = _fpga(16)
+    cost, worst, bytes_B = CostModel.of(cluster, model), 0.0, {}
+    way = fetching(cluster, 0, "ddr")
+    for tokens in (64, 256):
+        trace = bench.trace(model, _pair_ids(tokens, 16, 2))
+        event = bench.run(trace, cluster, system="edge-moe", tokens_per_device=tokens)
+        assert event.copies is not None
+        bytes_B[tokens] = event.copies.demand_B / 2
+        for layer in range(2):
+            loads = np.bincount(trace.experts()[:, layer].ravel(), minlength=16).astype(float)
+            computes = one_expert_s(cost, "zcu104", loads, on_chip=True)
+            worst = max(worst, abs(float(event.layer_s_SL[0, layer]) / ping_pong_s(np.full(16, model.expert_B / way.alone_Bps), computes) - 1))
+    naive_B = 256 * 2 * model.expert_B
+    return Section(
+        name="edge-moe",
+        published="energy efficiency 2.24x of a GPU and 4.90x of a CPU.",
+        modelled="2 MoE layers of ViT-tiny size (16 plain experts, hidden 192, width 768, top-2) on a ZCU104, experts in its "
+        "DDR, two buffers on the chip.",
+        claims=[
+            structure(
+                "bytes of a layer are its distinct experts'",
+                bytes_B[64] == bytes_B[256] == 16 * model.expert_B,
+                f"{bytes_B[256] / 1e6:.2f} MB at 64 and 256 tokens",
+            ),
+            structure("a layer is load_1 + sum max(compute, next load)", worst < 1e-9, "two layers, 64 and 256 tokens"),
+            band(
+                "sign of the energy: bytes of weights against token by token",
+                "fewer",
+                f"{naive_B / bytes_B[256]:.0f}x fewer at 256 tokens",
+                naive_B > bytes_B[256],
+            ),
+        ],
+        conditions="tokens known for the whole layer before its first expert, so that they can queue.",
+        differs="no energy per byte or operation of the boards is in the profiles, so 2.24x and 4.90x were not simulated.",
+    )
+
+
+def m3vit_study(bench: Bench) -> Section:
+    """Ping-pong buffers and task gates on an FPGA."""
+    cluster, model = _fpga(16)
+    buffers = {experts: 2 * _fpga(experts)[1].expert_B for experts in (8, 16, 64)}
+    way, cost = fetching(cluster, 0, "ddr"), CostModel.of(cluster, model)
+    few = np.where(np.arange(64)[:, None, None] < 32, _pair_ids(64, 8, 2), 8 + _pair_ids(64, 8, 2))  # two tasks with experts of their own
+    one, other = (bench.trace(model, part) for part in (few[:32], few[32:]))
+    both = bench.trace(model, few)
+    run: dict[str, Any] = {"tokens_per_device": 32, "system": "m3vit"}
+    apart = [bench.run(part, cluster, **run).step_s_S for part in (one, other)]
+    mixed = bench.run(both, cluster, **run)
+    switch = float(np.abs(mixed.step_s_S - np.concatenate(apart)).max())
+    loads = np.full(16, model.expert_B / way.alone_Bps)
+    computes = one_expert_s(cost, "zcu104", np.full(16, 32.0), on_chip=True)
+    trace = bench.trace(model, np.stack([np.arange(256) % 16, (np.arange(256) + 1) % 16], axis=1)[:, None, :].repeat(2, axis=1))
+    even = bench.run(trace, cluster, system="m3vit", tokens_per_device=256)
+    worst = abs(float(even.layer_s_SL[0, 0]) / ping_pong_s(loads, computes) - 1)
+    hidden = ping_pong_s(loads, computes) / (loads.sum() + computes.sum())
+    return Section(
+        name="m3vit",
+        published="ZCU104: memory /2.4, up to 9.23x energy efficiency over a comparable FPGA design, 88 % fewer FLOPs.",
+        modelled="2 MoE layers of ViT-tiny size (16 plain experts, hidden 192, width 768, top-2) on a ZCU104; two tasks with eight experts each.",
+        claims=[
+            structure("a layer is load_1 + sum max(compute, next load)", worst < 1e-9, f"{1 - hidden:.0%} of loads and computation hidden"),
+            structure("a task's switch adds nothing", switch < 1e-12, "steps of both tasks as alone"),
+            structure(
+                "buffers do not grow with the experts",
+                len(set(buffers.values())) == 1 and buffers[8] <= on_chip_B(cluster.devices[0]),
+                f"{buffers[8] / 1e6:.2f} MB for 8, 16 and 64 experts",
+            ),
+        ],
+        conditions="experts that fit the chip twice.",
+        differs="memory /2.4, 9.23x and -88 % are about their network against others and were not simulated.",
+    )
+
+
+def sn40l_study(bench: Bench) -> Section:
+    """Switching models between three tiers."""
+    socket = replace(cluster_of("a100-80", 1, 1), devices=(load_device("sn40l"),), name="sn40l")
+    dgx = replace(cluster_of("a100-80", 1, 8), host_G=(load_hosts()["dgx-a100"],) * 8)
+    model = model_of(layers=1, experts=8, hidden=8192, intermediate=64 * 1024, gated=True)  # an "expert" of 3.2 GB
+    own, host = fetching(socket, 0, "ddr"), fetching(dgx, 0, "ddr")
+    rounds = bench.trace(model, np.arange(32)[:, None, None] % 8)
+    plain, event, queued = (
+        bench.run(rounds, socket, system=system, tokens_per_device=1, mode="decode", context=4096)
+        for system in ("plain", sn40l.make(share=0.5), sn40l.make(share=0.5, queued=True))
+    )
+    switch_s = float(event.step_s_S.mean() - plain.step_s_S.mean())
+    exact = abs(switch_s / (model.expert_B / own.alone_Bps) - 1)
+    shorter = float(event.step_s_S[1:].mean() / queued.step_s_S[1:].mean())
+    bound_s = max(float(plain.step_s_S.mean()), float(own.ahead_s(model.expert_B, 1)))
+    hides = abs(float(queued.step_s_S[2:].mean()) / bound_s - 1) < 1e-6
+    links = [8 * own.alone_Bps / (speed * PINNED_SHARE) for speed in (32e9, 64e9)]
+    return Section(
+        name="sn40l",
+        published="model switches 15-31x faster than on a DGX, 8 sockets; footprint /19; 150 experts.",
+        modelled="models of 3.2 GB for requests in turn, half of eight in HBM under LRU, on one SN40L socket; a DGX A100's host beside it.",
+        claims=[
+            structure("a switch takes bytes / DDR bandwidth", exact < 1e-9, f"{switch_s * 1e3:.1f} ms at {own.alone_Bps / 1e9:.0f} GB/s"),
+            structure("a queued request's model comes beside the current one", hides, f"{times(shorter)}: the longer of copy and request"),
+            band("switch against a host behind 64 and 32 GB/s, 8 sockets", "15x / 31x", times(*links[::-1]), links[1] >= 15 and links[0] >= 30),
+        ],
+        conditions="the profile's DDR bandwidth is derived from the published ratios, so the last line only says that they are "
+        "ratios of bandwidths. Against the "
+        f"shipped DGX A100's one slot at what pinned copies reach, a socket's switch is {own.alone_Bps / host.alone_Bps:.1f}x faster.",
+        differs="an expert of the trace stands for a whole model; tensor parallelism over sockets is bandwidth times eight. "
+        "Faster operations and the footprint were "
+        "not simulated.",
+    )
+
+
+def fiddler_study(bench: Bench) -> Section:
+    """Missing experts on the host's cores."""
+    model, cluster = model_of(layers=4, experts=8, top_k=2, hidden=4096, intermediate=14336, gated=True), hosted("rtx-a5000")
+    cost, points = CostModel.of(cluster, model), {}
+    tokens_N = np.arange(1, 4097).astype(float)
+    single = True
+    for factor in (0.5, 1.0, 2.0, 4.0):
+        link_Bps = fetching(cluster, 0, "ddr").alone_Bps * factor
+        host_s = HOST.expert_s(tokens_N, parameters=model.expert_parameters, expert_B=model.expert_B, moved_B=4 * model.hidden, link_Bps=link_Bps)
+        device_s = model.expert_B / link_Bps + one_expert_s(cost, "rtx-a5000", tokens_N)
+        points[factor] = crossover(host_s, device_s)
+        single &= bool((device_s[points[factor] - 1 :] <= host_s[points[factor] - 1 :]).all())
+    falling = list(points.values()) == sorted(points.values(), reverse=True)
+    gains = {}
+    for what, tokens, mode, ids in (
+        ("single request", 1, "decode", sequence_ids(64, 1, model)),
+        ("beam search of 16", 16, "decode", sequence_ids(16, 16, model)),
+        ("prefill of 512", 512, "prefill", zipf_ids(1024, model, 0.3)),
+    ):
+        pairs = np.concatenate([ids, (ids + 1 + np.arange(len(ids))[:, None, None] % 7) % 8], axis=2)
+        trace = bench.trace(model, pairs)
+        run: dict[str, Any] = {"tokens_per_device": tokens, "mode": mode, "context": 512}
+        demand, ours = (bench.run(trace, cluster, system=s, **run) for s in (kept(Residency(share=0.25, policy="static")), "fiddler"))
+        gains[what] = step_gain(demand, ours)
+    return Section(
+        name="fiddler",
+        published="1.26x for a single request, 1.30x in prefill, 11.57x with beam search, against the best offloading system for each.",
+        modelled="4 MoE layers of Mixtral's size on an RTX A5000 over PCIe 4.0, the hottest quarter of the experts on it; the "
+        f"host reaches {HOST.flops / 1e12:g} TFLOP/s "
+        f"and {HOST.memory_Bps / 1e9:g} GB/s (assumed). Against the same without the host's cores.",
+        claims=[
+            structure(
+                "one number of tokens from which the copy is worth it",
+                single,
+                " / ".join(map(str, points.values())) + " tokens at 0.5 to 4 times the link",
+            ),
+            structure("it falls as the link gets faster", falling and points[0.5] > points[4.0], "at four speeds"),
+            band("single request", "1.26x", times(gains["single request"]), gains["single request"] >= 1.26),
+            band("prefill", "1.30x", times(gains["prefill of 512"]), gains["prefill of 512"] >= 1.30),
+            band("beam search", "11.57x", times(gains["beam search of 16"]), gains["beam search of 16"] >= 11.57),
+        ],
+        conditions="a host whose memory feeds its cores faster than the link feeds the device, and few tokens an expert.",
+        differs="the peers they beat copy whole layers or more than what is missing, ours only what is missing; the hottest "
+        "experts are those of the run itself.",
+    )
