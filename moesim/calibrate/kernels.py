@@ -66,10 +66,11 @@ class _Cases:
     row_N: NDArray[np.int64]
     load: TileLoad
     shape: ExpertShape
+    cold: bool  # caches were written over before every call
 
     def time_s(self, peak: ComputePeak, kernel: ExpertKernel) -> tuple[Floats, NDArray[np.bool_]]:
         """Expected seconds and the out-of-range flag of each row."""
-        found = layer_time(self.load, self.shape, peak, kernel, warm_cache=True)
+        found = layer_time(self.load, self.shape, peak, kernel, warm_cache=not self.cold)
         draws_R = np.bincount(self.row_N, minlength=self.rows)
         outside_R = np.bincount(self.row_N, weights=found.extrapolated_N, minlength=self.rows) > 0
         return np.bincount(self.row_N, weights=found.time_s_N, minlength=self.rows) / draws_R, outside_R
@@ -200,7 +201,8 @@ def _cases(table: pd.DataFrame, kernel: ExpertKernel, draws: int) -> _Cases:
         top_k=table["topk"].to_numpy()[row_N],
     )
     load = TileLoad(**{name: np.concatenate(values) for name, values in parts.items()})
-    return _Cases(rows=len(table), row_N=row_N, load=load, shape=shape)
+    cold = bool("cold" in table and table["cold"].all())
+    return _Cases(rows=len(table), row_N=row_N, load=load, shape=shape, cold=cold)
 
 
 SCORES = ("n", "median_ape", "p90_ape", "mape", "bias")

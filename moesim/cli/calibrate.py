@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from moesim.cli.options import AsJson, Force, Seed
+from moesim.cli.options import AsJson, BackendName, Force, Seed, WeightType
 
 NAME = "calibrate"
 EPILOG = (
@@ -33,7 +33,8 @@ def run(
         bool | None, typer.Option("--gated/--plain", help="Experts have three matrices or two, where a table has no column `gated`.")
     ] = None,
     model: Annotated[str, typer.Option("--model", help="Expert shapes are measured around this model's; a preset or a config.json.")] = "olmoe-1b-7b",
-    backend: Annotated[Literal["loop", "grouped"], typer.Option("--backend", help="How experts are computed on the measured device.")] = "loop",
+    backend: BackendName = None,
+    dtype: WeightType = None,
     experts: Annotated[int, typer.Option("--experts", min=1, help="Resident experts in the measured layers.")] = 8,
     most_tokens: Annotated[int, typer.Option("--most-tokens", min=16, help="Largest number of selections in a measured layer.")] = 2048,
     output: Annotated[
@@ -60,7 +61,7 @@ def run(
     elif profile or device_profile or gated is not None:
         raise InputError("--profile, --device-profile and --gated/--plain go with --from FILE")
     else:
-        _measure(device or "cpu", model, backend, experts, most_tokens, output or Path("profile.toml"), seed, json=json, force=force)
+        _measure(device or "cpu", model, backend, dtype, experts, most_tokens, output or Path("profile.toml"), seed, json=json, force=force)
 
 
 def _evaluate(tables: list[Path], profile: str, gated: bool | None, output: Path | None, *, json: bool, force: bool) -> None:
@@ -116,43 +117,54 @@ def _fit(tables: list[Path], device_profile: str | None, gated: bool | None, out
     print(f"wrote {output}")
 
 
-def _measure(device: str, model: str, backend: Any, experts: int, most_tokens: int, output: Path, seed: int, *, json: bool, force: bool) -> None:
-    from moesim.calibrate.kernels import profile_fragment
-    from moesim.cli.screen import emit_json, progress
+def _measure(
+    device: str, model: str, backend: Any, dtype: str | None, experts: int, most_tokens: int, output: Path, seed: int, *, json: bool, force: bool
+) -> None:
+    from moesim.cli.screen import emit_json, note, progress, table
     from moesim.files import check_output, write_text
     from moesim.model import load_model
     from moesim.units import human
     from moesim.validate import calibrate
-    from moesim.validate.calibrate import profile_text
+    from moesim.validate.profile_file import cluster_text, profile_text
 
-    check_output(output, force=force)
+    cluster = output.with_name(f"{output.stem}-cluster.toml")
+    for path in (output, cluster):
+        check_output(path, force=force)
     spec = load_model(model)
     hidden, width = spec.hidden, spec.intermediate
-    shapes = [(hidden // 2, width // 2), (hidden // 2, width), (hidden, width // 2), (hidden, width)]
-    dtype = "bf16" if device.startswith("cuda") else "fp32"
+    cuda = device.startswith("cuda")
+    part = output.with_name(output.name + ".part.json")
     with progress("calibrating") as report:
         found = calibrate(
             device,
-            shapes,
+            [(hidden // 2, width // 2), (hidden // 2, width), (hidden, width // 2), (hidden, width)],
             experts=experts,
             top_k=min(spec.top_k, experts),
             most_tokens=most_tokens,
-            backend=backend,
-            dtype=dtype,
+            backend=backend or ("grouped" if cuda else "loop"),
+            dtype=dtype or ("bf16" if cuda else "fp32"),
             gated=spec.gated,
+            links=True,
             seed=seed,
+            keep=part,
             progress=report,
         )
-    source = f"moesim calibrate on {found.hardware.get('gpu') or found.hardware['cpu']}, torch {found.hardware['torch']}"
-    fragment = profile_fragment(found.fit, framework="torch", version=found.hardware["torch"], source=source, date=found.date)
-    write_text(output, profile_text(found, name=output.stem, source=source) + "\n" + fragment)
+    write_text(output, profile_text(found, name=output.stem))
+    write_text(cluster, cluster_text(found, name=cluster.stem, device_file=output.name))
+    part.unlink(missing_ok=True)
     if json:
-        emit_json({"profile": str(output), **found.to_dict()})
+        emit_json({"profile": str(output), "cluster": str(cluster), **found.to_dict()})
         return
     errors = found.fit.residuals
     name = found.hardware.get("gpu") or found.hardware["cpu"]
-    print(f"{name}: {human(found.peak.flops, 'FLOP/s')} {dtype} GEMM, {human(found.peak.memory_Bps, 'B/s')} copy")
-    print(
-        f"expert layers: {errors['n']:.0f} loads fitted with median error {errors['median_ape']:.1%}, P90 {errors['p90_ape']:.1%}; "
-        f"wrote {output} in {found.seconds:.0f} s"
-    )
+    rows = [
+        [f"{found.dtype} GEMM", human(found.peak.flops, "FLOP/s"), "best of repeats"],
+        ["memory copy", human(found.peak.memory_Bps, "B/s"), "read and write, best of repeats"],
+        ["launch", human(found.launch_s, "s"), "host to host"],
+        *([way, human(fit["bandwidth_Bps"], "B/s"), f"median error {fit['median_ape']:.1%}"] for way, fit in found.copy_fits.items()),
+        ["copy hidden by a GEMM", f"{found.overlap['hidden']:.0%}", f"GEMM x {found.overlap['gemm_slowdown']:.2f} meanwhile"],
+        [f"{found.backend} experts", f"{errors['median_ape']:.1%}", f"median error of {errors['n']:.0f} loads, P90 {errors['p90_ape']:.1%}"],
+    ]
+    table(f"{name}, {found.seconds:.0f} s", ["what", "figure", "how"], rows)
+    note(*(f"note: {line}" for line in found.notes))
+    print(f"wrote {output} and {cluster}")

@@ -36,6 +36,15 @@ Contention = Annotated[
     bool | None,
     typer.Option("--contention", help="Traffic shares the links of the cluster's graph; without it, traffic of one kind takes turns."),
 ]
+BackendName = Annotated[
+    Literal["loop", "grouped", "triton"] | None,
+    typer.Option(
+        "--backend", help="How experts are computed: one GEMM pair each, torch's grouped_mm, an own kernel. Default: loop on cpu, else grouped."
+    ),
+]
+WeightType = Annotated[
+    Literal["fp32", "bf16", "fp16", "fp8"] | None, typer.Option("--dtype", help="What weights are held in. Default: fp32 on cpu, bf16 on cuda.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]

@@ -68,15 +68,18 @@ def host_path(cluster: Cluster, device: int, memory: str = "ddr", *, sharing: in
     if found is None:
         has = ", ".join(each.name for each in host.memories)
         raise ProfileError(f"host {host.name!r} has no {memory!r}; it has {has}: add one to its memories")
+    measured = any(fact.path == "$.bandwidth" and fact.confidence == "measured" for fact in host.link.facts)
+    reached = 1.0 if measured else PINNED_SHARE  # a measured slot already is what copies reach
     own = main_memory(cluster.devices[device])
     parts = {
         f"{memory} of {host.name}": found.bandwidth_Bps / sharing,
-        host.link.name: host.link.bandwidth_Bps * PINNED_SHARE,
+        host.link.name: host.link.bandwidth_Bps * reached,
         own.name: own.bandwidth_Bps * MEMORY_SHARE,
     }
     narrow = min(parts, key=lambda name: parts[name])
     note = f"not calibrated: host copies over {host.link.name} reach {PINNED_SHARE:.0%} of its bandwidth from pinned memory"
-    return CopyPath(latency_s=host.link.latency_s, bandwidth_Bps=parts[narrow], bottleneck=narrow, notes=(note,))
+    notes = () if reached == 1 else (note,)
+    return CopyPath(latency_s=host.link.latency_s, bandwidth_Bps=parts[narrow], bottleneck=narrow, notes=notes)
 
 
 def ping_pong_s(load_s_N: ArrayLike, compute_s_N: ArrayLike) -> float:

@@ -25,8 +25,8 @@ from moesim.plan import Plan
 from moesim.trace import NO_EXPERT, Trace, load_trace
 from moesim.trace.inspect import inspect
 from moesim.validate.calibrate import Calibration
-from moesim.validate.layer import ExpertWeights
 from moesim.validate.validate import calibrate_for, validate
+from moesim.validate.weights import ExpertWeights
 
 Progress = Callable[[float, str], None]
 HELD_OUT_WINDOWS = 24  # per domain: 3,072 tokens

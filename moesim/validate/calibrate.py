@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import json
-import os
-import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +16,26 @@ import torch
 
 from moesim.calibrate.kernel_tables import check_table
 from moesim.calibrate.kernels import KernelFit, fit_kernel
-from moesim.cost.experts import ComputePeak, ExpertKernel
-from moesim.errors import InputError, ValidationError
-from moesim.validate.layer import Backend, ExpertWeights, moe_layer
-from moesim.validate.ranks import measure
+from moesim.cost.experts import PARAMETERS, TILING, ComputePeak, ExpertKernel, Style
+from moesim.validate.backends import Backend, pick_backend
+from moesim.validate.ceilings import fit_copies, measure_copies, measure_launch, measure_overlap, measure_peak
+from moesim.validate.kept import Kept
+from moesim.validate.layer import moe_layer
+from moesim.validate.machine import check_device, check_free, clocks, hardware, on_device
+from moesim.validate.timing import HOW, Progress, flush_size, measure
+from moesim.validate.weights import ACTIVATIONS, DTYPES, ExpertWeights
 
-Progress = Callable[[float, str], None]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PEAK = ("flops", "memory_Bps", "cache_B", "units")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was measured on a live device and what was fitted to it."""
+    """What was measured on a live device and what was fitted to it.
+
+    copies      rows of `ceilings.measure_copies`, copy_fits what was fitted to them; empty unless `links` was asked for
+    overlap     `ceilings.measure_overlap`
+    samples_s   every repeat of every row of `table`
+    """
 
     device: str
     backend: Backend
@@ -41,29 +46,44 @@ class Calibration:
     hardware: dict[str, Any]
     date: str
     seconds: float
+    flush_B: int = 0
+    launch_s: float = 0.0
+    copies: Sequence[Mapping[str, Any]] = ()
+    copy_fits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    overlap: Mapping[str, float] = field(default_factory=dict)
+    samples_s: Sequence[Sequence[float]] = ()
+    clocks: Sequence[Mapping[str, Any]] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, the raw table included."""
-        kernel = self.fit.kernel
+        shapes = self.table.drop_duplicates(["hidden_size", "inter_size"])
         return {
             "device": self.device,
             "backend": self.backend,
             "dtype": self.dtype,
             "date": self.date,
             "seconds": self.seconds,
+            "timing": HOW[self.device.split(":")[0]],
+            "flush_B": self.flush_B,
             "hardware": self.hardware,
-            "peak": {name: getattr(self.peak, name) for name in ("flops", "memory_Bps", "cache_B", "units")},
-            "kernel": kernel_dict(kernel),
+            "clocks": [dict(each) for each in self.clocks],
+            "peak": {name: getattr(self.peak, name) for name in PEAK},
+            "launch_s": self.launch_s,
+            "copies": [dict(row) for row in self.copies],
+            "copy_fits": {way: dict(fit) for way, fit in self.copy_fits.items()},
+            "overlap": dict(self.overlap),
+            "kernel": kernel_dict(self.fit.kernel),
             **{name: float(value) for name, value in self.fit.residuals.items()},
-            "measured_on": f"{len(self.table)} random loads over {len(self.table.drop_duplicates(['hidden_size', 'inter_size']))} expert shapes",
+            "measured_on": f"{len(self.table)} random loads over {len(shapes)} expert shapes",
             "table": self.table.to_dict("records"),
+            "samples_s": [list(row) for row in self.samples_s],
+            "notes": list(self.notes),
         }
 
 
 def kernel_dict(kernel: ExpertKernel) -> dict[str, Any]:
     """Parameters of a kernel, JSON-ready."""
-    from moesim.cost.experts import PARAMETERS, TILING
-
     return {
         "name": kernel.name,
         "style": kernel.style,
@@ -73,89 +93,10 @@ def kernel_dict(kernel: ExpertKernel) -> dict[str, Any]:
     }
 
 
-def profile_text(found: Calibration, *, name: str, source: str) -> str:
-    """Device profile (TOML) of the measured ceilings; the fitted kernel is appended by `calibrate.kernels.profile_fragment`."""
-    kind, memory = ("gpu", "hbm") if found.device.startswith("cuda") else ("cpu", "ddr")
-    capacity = (
-        torch.cuda.get_device_properties(found.device).total_memory if kind == "gpu" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
-    clean = json.dumps(source)
-    return "\n".join(
-        [
-            f"name = {json.dumps(name)}",
-            f"title = {json.dumps(str(found.hardware.get('gpu') or found.hardware['cpu']))}",
-            f'kind = "{kind}"',
-            "",
-            "[compute]",
-            f"source = {clean}",
-            'confidence = "measured"',
-            f"flops = {{ {found.dtype} = {found.peak.flops:.4g} }}",
-            f"units = {found.peak.units}",
-            f"cache = {found.peak.cache_B:.4g}",
-            "",
-            "[[memories]]",
-            f'name = "{memory}"',
-            f"capacity = {capacity:d}",
-            f"bandwidth = {found.peak.memory_Bps:.4g}",
-            f"source = {clean}",
-            'confidence = "measured"',
-            "",
-        ]
-    )
-
-
-def hardware(device: str) -> dict[str, Any]:
-    """What this machine is, for the record."""
-    found: dict[str, Any] = {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-    }
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found["cpu"] = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        found["cpu"] = platform.processor() or "unknown"
-    if device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-def check_device(device: str) -> None:
-    """Raise InputError for an unknown device, ValidationError when the device is not here."""
-    if device != "cpu" and not device.startswith("cuda"):
-        raise InputError(f"device {device!r} is unknown; use cpu or cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValidationError("device 'cuda': torch sees no GPU here; use --device cpu, or run where nvidia-smi lists one")
-
-
-def measure_peak(device: str, dtype: str, *, repeats: int = 5) -> ComputePeak:
-    """Ceilings of the device: one large GEMM, one large copy. Cache and units come from the system."""
-    check_device(device)
-    kind = DTYPES[dtype]
-    side = 8192 if device.startswith("cuda") else 768
-    a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
-    block = torch.empty((1 << 30 if device.startswith("cuda") else 1 << 27) // 4, dtype=torch.float32, device=device).fill_(1.0)
-    other = torch.empty_like(block)
-    gemm, copy = measure([partial(torch.mm, a, b), partial(other.copy_, block)], repeats=repeats, device=device).min(axis=1)
-    if device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(device)
-        cache, units = float(getattr(properties, "L2_cache_size", 0) or 50e6), properties.multi_processor_count
-    else:
-        cache, units = _cpu_cache(), 1
-    return ComputePeak(flops=float(2 * side**3 / gemm), memory_Bps=float(2 * block.nbytes / copy), cache_B=cache, units=units)
-
-
-def _cpu_cache() -> float:
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(float(text[:-1]) * {"K": 1024, "M": 1024**2}.get(text[-1], 1))
-    return max(sizes, default=32e6)
+def kernel_of(data: Mapping[str, Any]) -> ExpertKernel:
+    """Inverse of `kernel_dict`."""
+    given: dict[str, Any] = {name: tuple(value) if name in TILING else value for name, value in data.items()}
+    return ExpertKernel(**given)
 
 
 def calibrate(
@@ -170,63 +111,136 @@ def calibrate(
     gated: bool = True,
     loads: int = 24,
     repeats: int = 9,
+    flush: bool | None = None,
+    links: bool = False,
     seed: int = 1,
+    keep: Path | None = None,
     progress: Progress = lambda share, what: None,
 ) -> Calibration:
     """Measure expert layers of the given (hidden, intermediate) shapes under random loads, and fit a kernel.
 
     Each load gives `experts` resident experts between 1 and `most_tokens` selections in all, from balanced to very
     skewed (Dirichlet draws), some experts empty. A time is the median of interleaved repeats. `top_k` only tells the
-    layer's tokens from its selections. Raises ValidationError when the device cannot be used.
+    layer's tokens from its selections. `flush` writes over the caches before every call (default: on a GPU, where layers
+    run in between); `links` measures copies, launches and their overlap with GEMMs, too. Finished steps are kept in the
+    file `keep`, if given, and are not measured again. Raises ValidationError when the device cannot be used or is busy.
     """
     begin = time.perf_counter()
-    peak = measure_peak(device, dtype)
+    check_device(device)
+    check_free(device)
+    cold = device.startswith("cuda") if flush is None else flush
+    used, notes = pick_backend(backend, device=device, dtype=DTYPES[dtype], gated=gated)
+    settings = {
+        "what": "calibration", "device": device, "hardware": hardware(device), "backend": used, "dtype": dtype, "gated": gated, "experts": experts,
+        "top_k": top_k, "most_tokens": most_tokens, "loads": loads, "repeats": repeats, "cold": cold, "links": links, "seed": seed,
+    }  # fmt: skip
+    kept = Kept(keep, settings)
+    seen = [clocks(device)]
     rng = np.random.default_rng(seed)
-    measured: list[Callable[[Backend], object]] = []
     rows: list[dict[str, Any]] = []
-    for hidden, intermediate in shapes:
-        weights = ExpertWeights.random(
-            experts=experts, hidden=hidden, intermediate=intermediate, gated=gated, dtype=DTYPES[dtype], device=device, seed=seed
-        )
-        for _ in range(loads):
-            selections = round(float(np.exp(rng.uniform(np.log(top_k), np.log(most_tokens)))))
-            tokens = -(-selections // top_k)
-            counts = rng.multinomial(tokens * top_k, rng.dirichlet(np.full(experts, np.exp(rng.uniform(-1.5, 3)))))
-            measured.append(_call(counts, tokens, hidden, weights, device, DTYPES[dtype]))
-            rows.append(
-                {
-                    "kernel_source": backend,
-                    "moe_dtype": dtype,
-                    "num_tokens": tokens,
-                    "hidden_size": hidden,
-                    "inter_size": intermediate,
-                    "topk": min(top_k, experts),
-                    "num_experts": experts,
-                    "distribution": "counts",
-                    "counts": " ".join(map(str, counts.tolist())),
-                    "gated": gated,
-                }
-            )
-    calls = [partial(call, backend) for call in measured]
-    times = measure(calls, repeats=repeats, seed=seed, device=device, progress=progress)
-    for row, seconds in zip(rows, times, strict=True):
-        row["latency_ms"] = float(np.median(seconds)) * 1e3
-        row["cv"] = float(seconds.std() / seconds.mean())
+    with on_device(device, "calibration"):
+        progress(0.0, "ceilings")
+        peak = ComputePeak(**kept.step("peak", lambda: _values(measure_peak(device, dtype))))
+        launch_s, copies, overlap = kept.step("links", lambda: _links(device, dtype)) if links else (0.0, [], {})
+        for index, (hidden, intermediate) in enumerate(shapes):
+            drawn = [_draw(rng, experts, top_k, most_tokens) for _ in range(loads)]
+            share = partial(_part, progress, index, len(shapes), f"experts {hidden}x{intermediate}")
+            step = partial(
+                _measure_shape, drawn, hidden, intermediate, device=device, backend=used, dtype=dtype, gated=gated,
+                repeats=repeats, flush_B=flush_size(device) if cold else 0, seed=seed, progress=share,
+            )  # fmt: skip
+            for (counts, tokens), seconds in zip(drawn, kept.step(f"experts {hidden}x{intermediate}", step), strict=True):
+                rows.append(
+                    {
+                        "kernel_source": used,
+                        "moe_dtype": dtype,
+                        "num_tokens": tokens,
+                        "hidden_size": hidden,
+                        "inter_size": intermediate,
+                        "topk": min(top_k, experts),
+                        "num_experts": experts,
+                        "distribution": "counts",
+                        "counts": " ".join(map(str, counts.tolist())),
+                        "gated": gated,
+                        "cold": cold,
+                        "latency_ms": float(np.median(seconds)) * 1e3,
+                        "cv": float(np.std(seconds) / np.mean(seconds)),
+                        "samples_s": seconds,
+                    }
+                )
+    samples = [row.pop("samples_s") for row in rows]
     table = check_table(pd.DataFrame(rows), place=f"measurements on {device}")
-    template = ExpertKernel(
-        name=f"torch-{backend}", style=backend, dtype=dtype, launch_s=3e-5, tile_rows=(8,) if device == "cpu" else (64,), partial_tile=0.0, reread=0.0
-    )
     return Calibration(
         device=device,
-        backend=backend,
+        backend=used,
         dtype=dtype,
         peak=peak,
-        fit=fit_kernel(table, peak, template=template),
+        fit=fit_best(table, peak, templates(used, dtype, device)),
         table=table,
         hardware=hardware(device),
         date=datetime.date.today().isoformat(),
         seconds=time.perf_counter() - begin,
+        flush_B=flush_size(device) if cold else 0,
+        launch_s=launch_s,
+        copies=copies,
+        copy_fits=fit_copies(copies),
+        overlap=overlap,
+        samples_s=samples,
+        clocks=[*seen, clocks(device)],
+        notes=notes,
     )
+
+
+def templates(backend: Backend, dtype: str, device: str) -> list[ExpertKernel]:
+    """Kernels to start a fit from: the tile rules the back-end may follow. A CPU's GEMM has small blocks of rows."""
+    style: Style = "loop" if backend == "loop" else "grouped"
+    start: dict[str, Any] = {"name": f"torch-{backend}", "style": style, "dtype": dtype, "launch_s": 3e-5, "partial_tile": 0.0, "reread": 0.0}
+    if device == "cpu":
+        rules: list[dict[str, Any]] = [{"tile_rows": (8,)}]
+    elif backend == "triton":  # its own rule: `tiles.tile_rows`
+        rules = [{"tile_rows": (16, 32, 64, 128), "by_selections_per_expert": (16, 32, 64)}]
+    else:
+        rules = [{"tile_rows": (64,)}, {"tile_rows": (128,)}, {"tile_rows": (64,), "reread": 0.3}, {"tile_rows": (128,), "reread": 0.3}]
+    return [ExpertKernel(**(start | rule)) for rule in rules]
+
+
+def fit_best(table: pd.DataFrame, peak: ComputePeak, starts: Sequence[ExpertKernel]) -> KernelFit:
+    """The fit of least mean error, each from one of the given kernels."""
+    fits = [fit_kernel(table, peak, template=template) for template in starts]
+    return min(fits, key=lambda fit: fit.residuals["mape"])
+
+
+def _values(peak: ComputePeak) -> dict[str, Any]:
+    return {name: getattr(peak, name) for name in PEAK}
+
+
+def _links(device: str, dtype: str) -> list[Any]:
+    return [measure_launch(device), measure_copies(device), measure_overlap(device, dtype)]
+
+
+def _part(progress: Progress, index: int, parts: int, what: str, share: float, _: str) -> None:
+    progress((index + share) / parts, what)
+
+
+def _draw(rng: np.random.Generator, experts: int, top_k: int, most: int) -> tuple[Any, int]:
+    """Selections of each expert, and the tokens that made them."""
+    selections = round(float(np.exp(rng.uniform(np.log(top_k), np.log(most)))))
+    tokens = -(-selections // top_k)
+    return rng.multinomial(tokens * top_k, rng.dirichlet(np.full(experts, np.exp(rng.uniform(-1.5, 3))))), tokens
+
+
+def _measure_shape(
+    drawn: Sequence[tuple[Any, int]], hidden: int, intermediate: int, *, device: str, backend: Backend, dtype: str, gated: bool,
+    repeats: int, flush_B: int, seed: int, progress: Progress,
+) -> list[list[float]]:  # fmt: skip
+    """Seconds of every repeat of every load of one expert shape."""
+    experts = len(drawn[0][0])
+    weights = ExpertWeights.random(
+        experts=experts, hidden=hidden, intermediate=intermediate, gated=gated, dtype=DTYPES[dtype], device=device, seed=seed
+    )
+    calls = [partial(_call(counts, tokens, hidden, weights, device, ACTIVATIONS[dtype]), backend) for counts, tokens in drawn]
+    found: list[list[float]] = measure(calls, repeats=repeats, seed=seed, device=device, flush_B=flush_B, progress=progress).tolist()
+    return found
 
 
 def _call(counts: Any, tokens: int, hidden: int, weights: ExpertWeights, device: str, dtype: torch.dtype) -> Callable[[Backend], object]:

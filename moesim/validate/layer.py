@@ -1,60 +1,30 @@
-"""The real MoE layer: permute tokens to experts, two GEMMs per expert, weighted combine. Runs on CPU and CUDA."""
+"""The real MoE layer: choose experts, permute tokens to them, two GEMMs per expert, weighted combine. Runs on CPU and CUDA.
+
+How the GEMMs are executed is a back-end of `moesim.validate.backends`. T tokens, N selections, E experts (or slots of a
+rank), H hidden.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from moesim.errors import ValidationError
+from moesim.errors import InputError
+from moesim.validate.backends import Backend, expert_rows
+from moesim.validate.weights import ExpertWeights
 
-Backend = Literal["loop", "grouped"]
 
+def choose(hidden_TH: Tensor, router_EH: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Router: experts_TK int64 with the largest logits, and their gates_TK, softmax over the chosen (they sum to 1).
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertWeights:
-    """Weights of the resident experts of one layer: `up` [E, N, H] (N = 2F gated, F plain), `down` [E, H, F]."""
-
-    up: Tensor
-    down: Tensor
-    gated: bool
-
-    def __post_init__(self) -> None:
-        experts, wide, hidden = self.up.shape
-        width = wide // 2 if self.gated else wide
-        if tuple(self.down.shape) != (experts, hidden, width):
-            raise ValidationError(
-                f"down weights {tuple(self.down.shape)} do not fit up weights {tuple(self.up.shape)}; expected {(experts, hidden, width)}"
-            )
-
-    @classmethod
-    def random(
-        cls,
-        *,
-        experts: int,
-        hidden: int,
-        intermediate: int,
-        gated: bool = True,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        seed: int = 0,
-    ) -> ExpertWeights:
-        """Normal weights scaled to keep activations near one, at distinct addresses."""
-        source = torch.Generator(device=device).manual_seed(seed)
-
-        def draw(rows: int, columns: int) -> Tensor:
-            normal: Tensor = torch.randn(experts, rows, columns, generator=source, device=device)
-            return torch.div(normal, columns**0.5).to(dtype)
-
-        return cls(up=draw((2 if gated else 1) * intermediate, hidden), down=draw(hidden, intermediate), gated=gated)
-
-    def take(self, experts: list[int]) -> ExpertWeights:
-        """The weights of some experts, copied: what one rank holds."""
-        chosen = torch.as_tensor(experts, device=self.up.device)
-        return ExpertWeights(up=self.up[chosen].clone(), down=self.down[chosen].clone(), gated=self.gated)
+    Raises InputError when top_k is not within 1..experts.
+    """
+    experts = len(router_EH)
+    if not 1 <= top_k <= experts:
+        raise InputError(f"top_k(={top_k}) of {experts} experts: a token chooses between 1 and {experts} distinct experts")
+    logits_TE = hidden_TH.float() @ router_EH.float().T
+    values_TK, experts_TK = torch.topk(logits_TE, top_k, dim=1)
+    return experts_TK, torch.softmax(values_TK, dim=1)
 
 
 def moe_layer(hidden_TH: Tensor, slots_N: Tensor, tokens_N: Tensor, gates_N: Tensor, weights: ExpertWeights, *, backend: Backend = "loop") -> Tensor:
@@ -62,42 +32,45 @@ def moe_layer(hidden_TH: Tensor, slots_N: Tensor, tokens_N: Tensor, gates_N: Ten
 
     slots_N int64   index of the chosen expert in `weights`, tokens_N int64 row of hidden_TH, gates_N its weight.
     A device that holds some of the experts is given the selections of those only; the sum of all devices' outputs is the
-    layer's. Raises ValidationError for a back-end that this build of torch cannot run.
+    layer's. Half-precision outputs are summed in fp32. Raises ValidationError for a back-end that cannot run here.
     """
-    experts = weights.up.shape[0]
     order = torch.argsort(slots_N, stable=True)
     rows = tokens_N[order]
-    counts = torch.bincount(slots_N, minlength=experts)
-    gathered = hidden_TH[rows]
-    found = _loop(gathered, counts, weights) if backend == "loop" else _grouped(gathered, counts, weights)
-    return torch.zeros_like(hidden_TH).index_add_(0, rows, found * gates_N[order, None].to(found.dtype))
+    found = expert_rows(hidden_TH, rows, _counts(slots_N, len(weights.up)), weights, backend)
+    out = torch.zeros(hidden_TH.shape, dtype=torch.promote_types(hidden_TH.dtype, torch.float32), device=hidden_TH.device)
+    return out.index_add_(0, rows, found.to(out.dtype) * gates_N[order, None].to(out.dtype)).to(hidden_TH.dtype)
 
 
-def _activate(up: Tensor, gated: bool) -> Tensor:
-    if not gated:
-        return functional.relu(up).square()
-    gate, value = up.chunk(2, dim=-1)
-    return functional.silu(gate) * value
+def selected_outputs(hidden_TH: Tensor, slots_N: Tensor, tokens_N: Tensor, weights: ExpertWeights, *, backend: Backend = "loop") -> Tensor:
+    """Output of each of N selections' expert, [N, H] in the order given, not weighted: what a combine sums in its own order."""
+    order = torch.argsort(slots_N, stable=True)
+    found = expert_rows(hidden_TH, tokens_N[order], _counts(slots_N, len(weights.up)), weights, backend)
+    return torch.empty_like(found).index_copy_(0, order, found)
 
 
-def _loop(rows_NH: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
-    """One pair of GEMMs per active expert."""
-    pieces = []
-    for expert, rows in enumerate(torch.split(rows_NH, counts_E.tolist())):
-        if len(rows):
-            pieces.append(_activate(rows @ weights.up[expert].T, weights.gated) @ weights.down[expert].T)
-    return torch.cat(pieces) if pieces else rows_NH.new_zeros(0, weights.down.shape[1])
+def slots_layer(hidden_TH: Tensor, slots_TK: Tensor, gates_TK: Tensor, weights: ExpertWeights, *, backend: Backend = "loop") -> Tensor:
+    """Output [T, H] summed in the order of the choice k, whichever slots the experts sit in; slots_TK < 0 choose nothing.
+
+    With one slot per expert, moving experts between slots changes no bit of it (loop back-end).
+    """
+    chosen_N = torch.nonzero(slots_TK.reshape(-1) >= 0).squeeze(1)
+    rows = selected_outputs(hidden_TH, slots_TK.reshape(-1)[chosen_N], chosen_N // slots_TK.shape[1], weights, backend=backend)
+    return weighted_sum(rows, chosen_N, gates_TK, hidden_TH)
 
 
-def _grouped(rows_NH: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
-    """Both products of all experts in one call each (torch.nn.functional.grouped_mm, torch >= 2.10)."""
-    if not hasattr(functional, "grouped_mm"):
-        raise ValidationError(f"torch {torch.__version__} has no grouped_mm; use the loop back-end or torch >= 2.10")
-    if not len(rows_NH):
-        return rows_NH.new_zeros(0, weights.down.shape[1])
-    ends = counts_E.cumsum(0).to(torch.int32)
-    try:
-        up = functional.grouped_mm(rows_NH, weights.up.transpose(1, 2), offs=ends)
-        return functional.grouped_mm(_activate(up, weights.gated), weights.down.transpose(1, 2), offs=ends)
-    except RuntimeError as problem:
-        raise ValidationError(f"grouped_mm refused rows {tuple(rows_NH.shape)} of {rows_NH.dtype}: {problem}; use the loop back-end") from problem
+def weighted_sum(rows_NH: Tensor, place_N: Tensor, gates_TK: Tensor, like_TH: Tensor) -> Tensor:
+    """[T, H]: rows put at their places (token x K + k), weighted and summed over k in order, in fp32 at least."""
+    found = rows_NH.new_zeros(gates_TK.numel(), like_TH.shape[1]).index_copy_(0, place_N, rows_NH)
+    wide = torch.promote_types(found.dtype, torch.float32)
+    return (found.view(*gates_TK.shape, -1).to(wide) * gates_TK[:, :, None].to(wide)).sum(dim=1).to(like_TH.dtype)
+
+
+def routed_layer(hidden_TH: Tensor, router_EH: Tensor, top_k: int, weights: ExpertWeights, *, backend: Backend = "loop") -> Tensor:
+    """The whole layer: router, top-k, permute, expert GEMMs, combine in the order of the choice. [T, H]."""
+    experts_TK, gates_TK = choose(hidden_TH, router_EH, top_k)
+    return slots_layer(hidden_TH, experts_TK, gates_TK, weights, backend=backend)
+
+
+def _counts(slots_N: Tensor, slots: int) -> Tensor:
+    """Selections of each slot; bincount would wait for the host."""
+    return torch.zeros(slots, dtype=torch.int64, device=slots_N.device).index_add_(0, slots_N, torch.ones_like(slots_N))

@@ -5,8 +5,7 @@ Computation is executed and measured; the network between ranks is not, and is n
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +17,17 @@ from moesim.cost import dispatch_table
 from moesim.errors import ValidationError
 from moesim.plan import Placement
 from moesim.trace import NO_EXPERT
-from moesim.validate.layer import Backend, ExpertWeights, moe_layer
+from moesim.validate.backends import Backend
+from moesim.validate.layer import moe_layer, selected_outputs, weighted_sum
+from moesim.validate.weights import ExpertWeights
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Share:
     """One rank's part of one layer and batch: the distinct tokens it receives and which of its slots serve them.
 
-    received_R are rows of the batch; slots_N, tokens_N (rows of received_R) and gates_N are its N selections.
+    received_R are rows of the batch; slots_N, tokens_N (rows of received_R) and gates_N are its N selections,
+    place_N their places among the batch's (token x K + k).
     """
 
     plan: int
@@ -36,6 +38,7 @@ class Share:
     slots_N: Tensor
     tokens_N: Tensor
     gates_N: Tensor
+    place_N: Tensor
 
     @property
     def counts_P(self) -> NDArray[np.int64]:
@@ -80,6 +83,7 @@ def shares(
                     received_R=torch.as_tensor(received, device=device),
                     tokens_N=torch.as_tensor(row_in_received, device=device),
                     gates_N=torch.as_tensor(gates_TLK[:, layer][mine].astype(np.float32), device=device),
+                    place_N=torch.as_tensor(np.flatnonzero(mine), device=device),
                 )
             )
     return found
@@ -98,60 +102,27 @@ def same_output(parts: Sequence[tuple[Share, Tensor]], whole: Tensor, *, toleran
     combined = torch.zeros_like(whole)
     for share, part in parts:
         combined.index_add_(0, share.received_R, part)
-    deviation = float((combined - whole).abs().max() / whole.abs().max().clamp_min(1e-20))
+    return check_equal(combined, whole, tolerance=tolerance)
+
+
+def check_equal(found: Tensor, whole: Tensor, *, tolerance: float, why: str = "the placement moved tokens to wrong experts") -> float:
+    """Largest deviation relative to the largest output; ValidationError above `tolerance`, and for outputs that are not numbers."""
+    if not bool(torch.isfinite(found).all()):
+        raise ValidationError(f"{int((~torch.isfinite(found)).sum())} of {found.numel()} outputs are NaN or infinite; check weights and dtype")
+    deviation = float((found.double() - whole.double()).abs().max() / whole.double().abs().max().clamp_min(1e-20)) if found.numel() else 0.0
     if not deviation <= tolerance:
-        raise ValidationError(
-            f"outputs differ from the unplaced layer by {deviation:.2e} (limit {tolerance:.0e}); the placement moved tokens to wrong experts"
-        )
+        raise ValidationError(f"outputs differ from the unplaced layer by {deviation:.2e} (limit {tolerance:.0e}); {why}")
     return deviation
 
 
-def measure(
-    calls: Sequence[Callable[[], object]],
-    *,
-    repeats: int,
-    seed: int = 0,
-    device: str = "cpu",
-    flush_B: int = 0,
-    progress: Callable[[float, str], None] = lambda share, what: None,
-) -> NDArray[np.float64]:
-    """Seconds of each call, [calls, repeats].
+def in_order(parts: Sequence[Share], resident: Sequence[ExpertWeights], hidden_TH: Tensor, gates_TK: Tensor, *, backend: Backend = "loop") -> Tensor:
+    """One layer's output [T, H] from ranks that each compute their selections, summed at the source in the order of the choice.
 
-    Calls are interleaved in random order, so that drift of clocks or load hits all alike, and warmed up once each.
-    `flush_B` bytes are written between calls so that caches hold nobody's weights. On CUDA the time between two events;
-    on CPU one thread's processor time, which other programs on the machine do not inflate.
+    `resident` are the weights of each of `parts`. The sum's order does not depend on the placement, so without replicas
+    neither does a single bit of the output (loop back-end).
     """
-    rng = np.random.default_rng(seed)
-    timed = _cuda_seconds if device.startswith("cuda") else _thread_seconds
-    scratch = torch.empty(max(flush_B, 8) // 4, dtype=torch.float32, device=device)
-    times = np.zeros((len(calls), repeats))
-    threads = torch.get_num_threads()
-    try:
-        if device == "cpu":
-            torch.set_num_threads(1)
-        for call in calls:
-            call()
-        for repeat in range(repeats):
-            for index in rng.permutation(len(calls)):
-                if flush_B:
-                    scratch.add_(1.0)
-                times[index, repeat] = timed(calls[index])
-            progress((repeat + 1) / repeats, "")
-    finally:
-        torch.set_num_threads(threads)
-    return times
-
-
-def _cuda_seconds(call: Callable[[], object]) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / 1e3
-
-
-def _thread_seconds(call: Callable[[], object]) -> float:
-    begin = time.thread_time()
-    call()
-    return time.thread_time() - begin
+    busy = [(share, weights) for share, weights in zip(parts, resident, strict=True) if len(share.slots_N)]
+    if not busy:
+        return torch.zeros_like(hidden_TH)
+    rows = [selected_outputs(hidden_TH[share.received_R], share.slots_N, share.tokens_N, weights, backend=backend) for share, weights in busy]
+    return weighted_sum(torch.cat(rows), torch.cat([share.place_N for share, _ in busy]), gates_TK, hidden_TH)
