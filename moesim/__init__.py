@@ -22,10 +22,15 @@ _WHERE = {
     "Cluster": "moesim.hardware",
     "Placement": "moesim.plan",
     "load_plan": "moesim.plan",
+    "load_scaling_plan": "moesim.plan",
+    "load_cache_plan": "moesim.plan",
+    "plan_cache": "moesim.optimize.caching",
     "place": "moesim.optimize",
     "score": "moesim.optimize",
     "simulate": "moesim.sim",
     "simulate_event": "moesim.sim.event",
+    "serve": "moesim.serving",
+    "load_arrivals": "moesim.serving",
     "capture": "moesim.capture",
     "validate": "moesim.validate",
 }
@@ -39,8 +44,13 @@ if TYPE_CHECKING:
     from moesim.model import load_model as load_model
     from moesim.optimize import place as place
     from moesim.optimize import score as score
+    from moesim.optimize.caching import plan_cache as plan_cache
     from moesim.plan import Placement as Placement
+    from moesim.plan import load_cache_plan as load_cache_plan
     from moesim.plan import load_plan as load_plan
+    from moesim.plan import load_scaling_plan as load_scaling_plan
+    from moesim.serving import load_arrivals as load_arrivals
+    from moesim.serving import serve as serve
     from moesim.sim import simulate as simulate
     from moesim.sim.event import simulate_event as simulate_event
     from moesim.trace import Trace as Trace

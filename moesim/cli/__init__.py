@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from moesim.cli import (
+    cache,
     calibrate,
     capture,
     check,
@@ -21,9 +22,12 @@ from moesim.cli import (
     place,
     profiles,
     report,
+    scale,
     score,
+    serve,
     simulate,
     solvers,
+    sweep,
     systems,
     validate,
 )
@@ -49,7 +53,11 @@ for module in (
     place,
     score,
     compare,
+    cache,
     simulate,
+    serve,
+    scale,
+    sweep,
     validate,
     calibrate,
     report,

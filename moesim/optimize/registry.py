@@ -67,12 +67,15 @@ def solver_infos() -> list[SolverInfo]:
     return infos
 
 
-def load_solver(name: str) -> Solver:
-    """The solver called `name`; InputError lists the installed ones, PluginError names what is broken or missing."""
+def load_solver(name: str, solves: str = "placement") -> Solver:
+    """The solver called `name`, of a kind; InputError lists those installed, PluginError names what is broken or missing."""
     points = _points()
     if name not in points:
         raise InputError(f"solver {name!r} is not installed; installed: {', '.join(points)}")
     solver = _load(name, points[name])
+    if solver.solves != solves:
+        kin = ", ".join(info.name for info in solver_infos() if info.solves == solves) or "none"
+        raise InputError(f"solver {name!r} solves {solver.solves} problems, not {solves}; solvers of {solves}: {kin}")
     if missing := [module for module in solver.requires if find_spec(module) is None]:
         raise PluginError(f"solver {name!r} needs {', '.join(missing)}; install with pip")
     return solver
@@ -95,4 +98,15 @@ def unmet(solver: Solver, problem: Problem) -> str | None:
         return f"{problem.slots - problem.model.experts} replicas per layer asked for; {solver.name!r} places every expert once"
     if len(set(problem.slots_G.tolist())) > 1 and "heterogeneous" not in solver.capabilities:
         return f"devices offer unequal slots {problem.slots_G.tolist()}; {solver.name!r} needs equal ones"
+    if problem.constraints.rules and "rules" not in solver.capabilities:
+        return f"{problem.constraints.rules[0]}: {solver.name!r} keeps no such rules; use one of {', '.join(_able('rules'))}"
+    if problem.scenarios and "scenarios" not in solver.capabilities:
+        return f"{len(problem.scenarios)} scenarios asked for; {solver.name!r} looks at all tokens as one; use one of {', '.join(_able('scenarios'))}"
+    if not len(problem.experts_TLK) and problem.stats.load_LE.any() and "loads" not in solver.capabilities:
+        return f"only loads are known, and {solver.name!r} needs the tokens themselves; use one of {', '.join(_able('loads'))}"
     return None
+
+
+def _able(capability: str) -> list[str]:
+    """Placement solvers with a capability."""
+    return [info.name for info in solver_infos() if info.solves == "placement" and capability in info.capabilities]

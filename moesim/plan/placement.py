@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import PlanError
 
-DISPATCH_RULES = ("even", "static-source", "nearest")
+FIXED_RULES = ("even", "static-source", "nearest")  # a token's replica follows from its place in the batch alone
+DISPATCH_RULES = (*FIXED_RULES, "least-loaded", "lp")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,7 +24,10 @@ class Placement:
     dispatch   how a token picks one of several replicas:
                `even` takes them in turn (what engines book-keep; vLLM, TensorRT-LLM),
                `static-source` gives each source device one replica, its own or the lowest slot (SGLang `static`),
-               `nearest` takes replicas on the source device, else in its node, else all, in turn.
+               `nearest` takes replicas on the source device, else in its node, else all, in turn,
+               `least-loaded` sends each token, in order, to the replica whose device has got the fewest of the batch so far,
+               `lp` splits the batch's tokens so that the busiest device gets as few as possible (LPLB, SGLang `lp`): it knows
+               all counts of the batch beforehand, so it is a bound on what a dispatcher can do.
 
     Raises PlanError naming layer, device and remedy when a slot holds no expert of the model or an expert has no slot.
     """
