@@ -311,7 +311,7 @@ def test_robust_is_no_worse_in_the_tail_than_equal_weights() -> None:
     ids_TLK = clustered_routing(MODEL, 2000)
     ids_TLK[1500:] = (ids_TLK[1500:] * 5 + 3) % 16
     found = run_solver("robust", problem_of(ids_TLK, MODEL))
-    assert found.objective == found.notes["chosen_s"]["tail"] <= found.notes["equal_weights_s"]["tail"]
+    assert found.objective == found.notes["chosen_s"]["tail"] <= found.notes["given_weights_s"]["tail"]
 
 
 PLACERS = sorted(set(solver_names()) & {"round-robin", "random", "greedy", "partition", "moetuner", "exflow", "ilp", "robust"})

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.cost import route
+from moesim.cost.split import split_SLP
 from moesim.plan import DISPATCH_RULES, Placement, slots_per_device
 from moesim.trace import NO_EXPERT
 
@@ -52,6 +53,9 @@ def test_it_equals_counting_token_by_token(case: tuple[np.ndarray, Placement]) -
     slots = np.zeros_like(traffic.slot_tokens_SLP[0])
     copies = np.zeros_like(traffic.copies_SLGG[0])
     nodes = np.zeros_like(traffic.node_copies_SLGN[0])
+    on_device = np.zeros((3, DEVICES))
+    count_SLE = np.stack([np.bincount(ids[:, layer][ids[:, layer] != NO_EXPERT], minlength=16) for layer in range(3)])[None]
+    quota_SLP = split_SLP(count_SLE, placement)
     for token in range(len(ids)):
         source = token * DEVICES // len(ids)
         for layer in range(3):
@@ -69,6 +73,12 @@ def test_it_equals_counting_token_by_token(case: tuple[np.ndarray, Placement]) -
                 if placement.dispatch == "static-source" and len(mine) > 1:
                     mine = mine[:1]
                 slot = mine[token % len(mine)]
+                if placement.dispatch == "least-loaded" and len(mine) > 1:
+                    slot = min(mine, key=lambda s: (on_device[layer, placement.device_P[s]], s))
+                if placement.dispatch == "lp" and len(mine) > 1:
+                    quota_P = quota_SLP[0, layer]
+                    slot = min((s for s in mine if quota_P[s]), key=lambda s: (slots[layer, s] / quota_P[s], s))
+                on_device[layer, placement.device_P[slot]] += 1
                 slots[layer, slot] += 1
                 reached.add(placement.device_P[slot])
             for device in reached:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesim.cli.options import AsJson, ClusterName, Contention, Context, Force, Mode, Phase, Seed, Tokens, TokensPerDevice, TracePath
+from moesim.cli.options import AsJson, ClusterName, Contention, Context, Force, Mode, Phase, Seed, Tokens, TokensPerDevice, TracePath, TransportName
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,11 +47,14 @@ def run(
     judge: Annotated[str, typer.Option("--judge", help="Range of the home tokens never seen by a solver.")] = "50%:100%",
     tokens: Tokens = None,
     replicas: Annotated[int, typer.Option("--replicas", min=0, help="Slots beyond one per expert.")] = 0,
-    dispatch: Annotated[str, typer.Option("--dispatch", help="How the engine picks a replica: even, static-source or nearest.")] = "even",
+    dispatch: Annotated[
+        str, typer.Option("--dispatch", help="How the engine picks a replica: even, static-source, nearest, least-loaded or lp.")
+    ] = "even",
     current: Annotated[Path | None, typer.Option("--current", help="The live plan: say how many experts each other one would move.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the comparison as JSON; `moesim report` reads it.")] = None,
     phase: Phase = None,
     tokens_per_device: TokensPerDevice = 4096,
+    transport: TransportName = None,
     time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds each solver may take.")] = 30.0,
     seed: Seed = 0,
     json: AsJson = False,
@@ -62,6 +65,7 @@ def run(
     With --system, run published systems side by side on the --judge tokens under one plan, with the event engine.
     """
     from moesim.cli.screen import emit_json, open_trace, progress, result_rows, table
+    from moesim.cost import CostModel
     from moesim.files import check_output, write_json
     from moesim.hardware import load_cluster
     from moesim.optimize import compare, solver_infos
@@ -81,7 +85,14 @@ def run(
             raise InputError(f"--system compares systems on one plan, {len(loaded)} are given: {', '.join(map(str, plans or ()))}; give one")
         base = source.select(domain=home) if home else source
         judged = (base.select(tokens=tokens) if tokens else base).select(tokens=judge)
-        options = {"mode": mode or "prefill", "context": context or 4096, "contention": bool(contention), "tokens_per_device": tokens_per_device}
+        cost = CostModel.of(where, source.model, transport=transport)
+        options = {
+            "cost": cost,
+            "mode": mode or "prefill",
+            "context": context or 4096,
+            "contention": bool(contention),
+            "tokens_per_device": tokens_per_device,
+        }
         document = _systems(judged, loaded[0] if loaded else _linear(judged, where), where, system, options)
         if output:
             write_json(output, document)
@@ -95,6 +106,7 @@ def run(
         _, section = compare(
             source, where, names, plans=loaded, home=home, tokens=tokens, learn=learn, judge=judge, slots=source.model.experts + replicas,
             dispatch=dispatch, tokens_per_device=tokens_per_device, current=live, seed=seed, time_limit_s=time_limit, progress=report,
+            cost=CostModel.of(where, source.model, transport=transport),
         )  # fmt: skip
     document = {"schema_version": 1, "title": f"Placements of {source.model.name} on {where.name}", "comparison": section}
     if output:

@@ -86,6 +86,7 @@ def compare(
         "cluster_title": cluster.title,
         "learnt_from": source.selection,
         "tokens_per_device": tokens_per_device,
+        "transport": costs.transport,
         "scored_on": scored,
         "solutions": solutions,
     }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from importlib.metadata import version
 
 from moesim.errors import SolverError
+from moesim.optimize.migration import settled
 from moesim.optimize.problem import Problem, Progress, Solution, Solver, Status
 from moesim.optimize.registry import load_solver, unmet
 from moesim.plan import Plan
@@ -16,6 +18,8 @@ def run_solver(
 ) -> Solution:
     """Solution of `problem`; infeasible problems come back as a status with the reason in `notes["reason"]`.
 
+    With a live plan in the problem's constraints the answer is taken over as far as it pays (`optimize.migration`), and
+    `notes["migration"]` says what was decided and what it costs.
     Raises SolverError when a solver returns a placement of another problem.
     """
     chosen = load_solver(solver) if isinstance(solver, str) else solver
@@ -31,15 +35,9 @@ def run_solver(
     p = solution.placement
     if p.layers != problem.model.moe_layers or p.experts != problem.model.experts or p.slots_G.tolist() != problem.slots_G.tolist():
         raise SolverError(f"solver {chosen.name!r} answered another problem: {len(p.layers)} layers, slots {p.slots_G.tolist()}")
-    return Solution(
-        status=solution.status,
-        placement=p,
-        objective=solution.objective,
-        bound=solution.bound,
-        seconds=time.perf_counter() - start,
-        seed=seed,
-        notes=solution.notes,
-    )
+    if broken := problem.constraints.broken(p):
+        raise SolverError(f"solver {chosen.name!r} broke a rule: {broken}")
+    return replace(settled(problem, solution), seconds=time.perf_counter() - start, seed=seed)
 
 
 def place(
@@ -75,13 +73,6 @@ def place(
             "tokens_per_device": problem.tokens_per_device,
             "moesim": version("moesim"),
         },
-        solution={
-            "status": str(solution.status),
-            "objective": solution.objective,
-            "bound": solution.bound,
-            "gap": solution.gap,
-            "seconds": round(solution.seconds, 3),
-            "notes": dict(solution.notes),
-        },
+        solution=solution.record(),
     )
     return plan, solution

@@ -45,3 +45,39 @@ def local_search() -> Measured:
     ids = routing(4096)
     load = np.stack([np.bincount(ids[:, layer].ravel(), minlength=64) for layer in range(26)])
     return Measured(value=best_of(lambda: search_slots(ids, load, np.full(8, 8), np.zeros(8, int)), repeats=2), unit="s")
+
+
+@bench
+def local_search_large() -> Measured:
+    """Seconds of local-search at the size of DeepSeek-V3 on eight nodes, with 64 replicas; the promise is half a minute."""
+    from moesim.model import load_model
+    from moesim.optimize import run_solver
+    from moesim.testing import clustered_routing, problem_of
+
+    model = load_model("deepseek-v3")
+    problem = problem_of(clustered_routing(model, 8192, clusters=16), model, "b200-8x8", slots=320)
+    return Measured(value=best_of(lambda: run_solver("local-search", problem, time_limit_s=300.0), repeats=1), unit="s")
+
+
+@bench
+def batch_split() -> Measured:
+    """Seconds of the optimal split of 1,000 batches over 16 replicas on 8 devices, against HiGHS on as many of them as it does in a second."""
+    import time
+
+    from scipy.optimize import linprog
+
+    from moesim.cost.split import split_SLP
+    from moesim.plan import Placement
+
+    rng = np.random.default_rng(0)
+    slots_P = np.concatenate([rng.permutation(64), rng.integers(0, 64, 16)])
+    placement = Placement(slots_LP=slots_P[None], slots_G=np.full(8, 10), experts=64, layers=(0,), dispatch="lp")
+    count_SLE = rng.multinomial(384, np.full(64, 1 / 64), (1000, 1))
+    sums = np.hstack([slots_P == np.arange(64)[:, None], np.zeros((64, 1))])
+    devices = np.hstack([placement.device_P == np.arange(8)[:, None], -np.ones((8, 1))])
+    begin, done = time.perf_counter(), 0
+    while time.perf_counter() - begin < 1.0:
+        linprog(np.append(np.zeros(80), 1.0), A_ub=devices, b_ub=np.zeros(8), A_eq=sums, b_eq=count_SLE[done % 1000, 0])
+        done += 1
+    peer = (time.perf_counter() - begin) / done * 1000
+    return Measured(value=best_of(lambda: split_SLP(count_SLE, placement)), unit="s", peer="HiGHS by scipy.linprog", peer_value=peer)

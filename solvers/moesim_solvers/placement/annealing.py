@@ -1,69 +1,36 @@
 """Simulated annealing of one layer's slots against the token sets themselves, and the descent that ends it.
 
-Token sets are bit sets: which tokens a slot serves is one row of W words, so a swap of two slots is priced
-exactly in 4·W word operations, without looking at a token. E experts, P slots, G devices, N nodes, R row of
-`turn_RW`, X most replicas of one expert, W = ceil(tokens / 64) words.
-
-An expert's replicas are numbered by slot; token t uses replica `t mod count` (dispatch rule `even`).
-Cost, lower is better, with `excess` how far load exceeds its limits (0: load itself is the cost):
-
-    busy · excess + fanout · devices per token + node_fanout · nodes per token
+Moves swap two slots or turn one into a further replica; pins and experts kept apart are never broken by a move that is
+made from slots that keep them. Suffixes and cost: `moesim_solvers.placement.state`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moesim_solvers.placement.bits import Words, ones, random_unit, row_ones
+from moesim_solvers.placement.bits import Words, ones, random_unit
 from moesim_solvers.placement.jit import borrowed, compiled, inlined
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from moesim_solvers.placement.state import (
+    Floats,
+    Ints,
+    Layer,
+    State,
+    above,
+    barred,
+    cost,
+    excess,
+    newcomer,
+    pinned,
+    refresh,
+    serve,
+    spread,
+    weigh,
+)
 
 SWAP, CROSS, REPLACE = 0, 1, 2  # kinds of move
 RARE = 0.1  # share of moves of the two dear kinds, where there are replicas
-
-
-class Layer(NamedTuple):
-    """What is given: one layer's routing and loads, its devices, the price of each term."""
-
-    member_EW: Words
-    turn_RW: Words
-    load_E: Floats
-    drift_EB: Floats
-    first_G: Ints
-    device_P: Ints
-    node_G: Ints
-    price_3: Floats
-    mean: float
-    load_limit: float
-    peak_limit: float
-    tokens: int
-
-
-class State(NamedTuple):
-    """What moves: the slots and all that follows from them (`any`: >= 1 slot serves the token, `many`: >= 2)."""
-
-    slots_P: Ints
-    home_EX: Ints
-    count_E: Ints
-    bits_PW: Words
-    any_GW: Words
-    many_GW: Words
-    any_NW: Words
-    many_NW: Words
-    reach_G: Ints
-    reach_N: Ints
-    load_G: Floats
-    drift_GB: Floats
-    peak_G: Floats
-    dirty_G: NDArray[np.bool_]
-    stale_N: NDArray[np.bool_]
-    draw_1: Words
 
 
 @inlined
@@ -75,112 +42,27 @@ def reach_after(any_DW: Words, many_DW: Words, d: int, bits_PW: Words, leave: in
     return total
 
 
-@compiled
-def refresh(layer: Layer, state: State) -> None:
-    """Recount the devices marked dirty, and their nodes, from the slots' bit sets."""
-    any_GW, many_GW, any_NW, many_NW = state.any_GW, state.many_GW, state.any_NW, state.many_NW
-    bits_PW, words = state.bits_PW, state.bits_PW.shape[1]
-    for g in range(len(any_GW)):
-        if state.dirty_G[g]:
-            for w in range(words):
-                any_GW[g, w] = many_GW[g, w] = np.uint64(0)
-            for slot in range(layer.first_G[g], layer.first_G[g + 1]):
-                for w in range(words):
-                    many_GW[g, w] |= any_GW[g, w] & bits_PW[slot, w]
-                    any_GW[g, w] |= bits_PW[slot, w]
-            state.reach_G[g] = row_ones(any_GW, g)
-            state.stale_N[layer.node_G[g]] = layer.price_3[2] != 0.0
-            state.dirty_G[g] = False
-    for n in range(len(any_NW)):
-        if state.stale_N[n]:
-            for w in range(words):
-                any_NW[n, w] = many_NW[n, w] = np.uint64(0)
-            for g in range(len(any_GW)):
-                if layer.node_G[g] == n:
-                    for w in range(words):
-                        many_NW[n, w] |= many_GW[g, w] | (any_NW[n, w] & any_GW[g, w])
-                        any_NW[n, w] |= any_GW[g, w]
-            state.reach_N[n] = row_ones(any_NW, n)
-            state.stale_N[n] = False
+@inlined
+def spread_after(price: float, peak_price: float, reach_D: Ints, a: int, b: int, after_a: np.int64, after_b: np.int64) -> float:
+    """Change of priced destinations, times tokens, once destinations a and b serve so many tokens."""
+    change = price * float(after_a + after_b - reach_D[a] - reach_D[b])
+    if peak_price != 0.0:
+        most, most_after = max(reach_D[a], reach_D[b]), max(after_a, after_b)
+        for d in range(len(reach_D)):
+            if d != a and d != b:
+                most, most_after = max(most, reach_D[d]), max(most_after, reach_D[d])
+        change += peak_price * float(most_after - most)
+    return change
 
 
 @inlined
-def weigh(layer: Layer, state: State, device: int, expert: int, share: float) -> None:
-    """Add a share of an expert's load (and of how it drifts from block to block) to a device."""
-    state.load_G[device] += share * layer.load_E[expert]
-    square = 0.0
-    for b in range(layer.drift_EB.shape[1]):
-        state.drift_GB[device, b] += share * layer.drift_EB[expert, b]
-        square += state.drift_GB[device, b] * state.drift_GB[device, b]
-    state.peak_G[device] = state.load_G[device] + math.sqrt(square)
-
-
-@compiled
-def serve(layer: Layer, state: State, expert: int, new_X: Ints, new: int) -> None:
-    """Give an expert the (sorted) slots `new_X[:new]`: its loads and bit sets move, devices touched turn dirty."""
-    old = state.count_E[expert]
-    home_X = state.home_EX[expert]
-    for r in range(old):
-        g = layer.device_P[home_X[r]]
-        weigh(layer, state, g, expert, -1.0 / old)
-        if old != new or home_X[r] != new_X[r]:
-            state.dirty_G[g] = True
-    for r in range(new):
-        slot = new_X[r]
-        g = layer.device_P[slot]
-        weigh(layer, state, g, expert, 1.0 / new)
-        if old != new or home_X[r] != slot:
-            state.dirty_G[g] = True
-            turn = new * (new - 1) // 2 + r
-            for w in range(state.bits_PW.shape[1]):
-                state.bits_PW[slot, w] = layer.member_EW[expert, w] & layer.turn_RW[turn, w]
-            home_X[r] = slot
-    state.count_E[expert] = new
-
-
-@compiled
-def evaluate(layer: Layer, state: State) -> None:
-    """Fill the state from its slots."""
-    state.load_G[:] = 0.0
-    state.drift_GB[:] = 0.0
-    state.count_E[:] = 0
-    home_EX = np.zeros_like(state.home_EX)
-    count_E = np.zeros_like(state.count_E)
-    for slot in range(len(state.slots_P)):
-        expert = state.slots_P[slot]
-        home_EX[expert, count_E[expert]] = slot
-        count_E[expert] += 1
-    for expert in range(len(count_E)):
-        serve(layer, state, expert, home_EX[expert], count_E[expert])
-    state.dirty_G[:] = True
-    refresh(layer, state)
-
-
-@inlined
-def above(layer: Layer, busiest: float, highest: float) -> float:
-    """How far the highest load and the highest peak (load with drift), over the mean load, exceed their limits."""
-    return max(0.0, busiest / layer.mean - layer.load_limit, highest / layer.mean - layer.peak_limit)
-
-
-@inlined
-def excess(layer: Layer, state: State) -> float:
-    """`above` of the devices as they are."""
-    busiest = highest = 0.0
-    for g in range(len(state.load_G)):
-        busiest = max(busiest, state.load_G[g])
-        highest = max(highest, state.peak_G[g])
-    return above(layer, busiest, highest)
-
-
-@inlined
-def spread(layer: Layer, state: State) -> float:
-    """Priced distinct devices and nodes per token."""
-    devices = nodes = 0.0
-    for reach in state.reach_G:
-        devices += reach
-    for reach in state.reach_N:
-        nodes += reach
-    return float(layer.price_3[1] * devices + layer.price_3[2] * nodes) / layer.tokens
+def lead(reach_D: Ints, a: int, b: int) -> float:
+    """Tokens by which the busier of destinations a and b is ahead of all others."""
+    most = np.int64(0)
+    for d in range(len(reach_D)):
+        if d != a and d != b:
+            most = max(most, reach_D[d])
+    return float(max(reach_D[a], reach_D[b], most) - most)
 
 
 @compiled
@@ -220,8 +102,8 @@ def rank_after(state: State, expert: int, leave: int, enter: int) -> int:
     for r in range(count):
         if home_X[r] == leave:
             below = r == 0 or home_X[r - 1] < enter
-            above = r == count - 1 or home_X[r + 1] > enter
-            return r if below and above else -1
+            over = r == count - 1 or home_X[r + 1] > enter
+            return r if below and over else -1
     return -1
 
 
@@ -248,36 +130,47 @@ def excess_after(layer: Layer, state: State, g: int, h: int, x: int, y: int) -> 
 
 @inlined
 def attempt(layer: Layer, state: State, i: int, j: int, kind: int, price: float, allow: float, work_4X: Ints) -> bool:
-    """Swap slots i and j if possible and if priced spread + price · excess grows by less than `allow`.
+    """Swap slots i and j if possible and if priced spread, moves and price · excess grow by less than `allow`.
 
     Kind SWAP leaves the numbering of replicas alone (cheap), CROSS may renumber them, REPLACE turns slot i into a
     further replica of slot j's expert instead.
     """
     x, y = state.slots_P[i], state.slots_P[j]
     g, h = layer.device_P[i], layer.device_P[j]
-    if x == y or g == h or holds(layer, state, y, g):
+    if x == y or g == h or pinned(layer, g, x) or holds(layer, state, y, g) or barred(layer, state, y, g, i):
         return False
+    allow -= newcomer(layer, g, y) - newcomer(layer, g, x)
     if kind == REPLACE:
         if state.count_E[x] == 1:
             return False
         return reassign(layer, state, i, -1, x, y, price, allow, work_4X)
-    if holds(layer, state, x, h):
+    if pinned(layer, h, y) or holds(layer, state, x, h) or barred(layer, state, x, h, j):
         return False
+    allow -= newcomer(layer, h, x) - newcomer(layer, h, y)
     rank_x, rank_y = rank_after(state, x, i, j), rank_after(state, y, j, i)
     if rank_x < 0 or rank_y < 0:
         return kind == CROSS and reassign(layer, state, i, j, x, y, price, allow, work_4X)
 
-    delta = price * (excess_after(layer, state, g, h, x, y) - excess(layer, state))
-    if layer.price_3[1] != 0.0:
-        after = reach_after(state.any_GW, state.many_GW, g, state.bits_PW, i, j)
-        after += reach_after(state.any_GW, state.many_GW, h, state.bits_PW, j, i)
-        delta += layer.price_3[1] * (after - state.reach_G[g] - state.reach_G[h]) / layer.tokens
+    allow -= price * (excess_after(layer, state, g, h, x, y) - excess(layer, state))
+    allow *= layer.tokens
     m, n = layer.node_G[g], layer.node_G[h]
-    if layer.price_3[2] != 0.0 and m != n:
-        after = reach_after(state.any_NW, state.many_NW, m, state.bits_PW, i, j)
-        after += reach_after(state.any_NW, state.many_NW, n, state.bits_PW, j, i)
-        delta += layer.price_3[2] * (after - state.reach_N[m] - state.reach_N[n]) / layer.tokens
-    if not delta < allow:
+    _, fanout, node_fanout, peak, node_peak = layer.price_5
+    if m == n:
+        node_fanout = node_peak = 0.0
+    # a slot that leaves frees its destination of at most its own tokens: most swaps are refused before any token is counted
+    gain = (fanout + node_fanout) * float(state.size_P[i] + state.size_P[j])
+    gain += peak * lead(state.reach_G, g, h) + node_peak * (lead(state.reach_N, m, n) if m != n else 0.0)
+    if not -gain < allow:
+        return False
+    if fanout + peak != 0.0:
+        after_g = reach_after(state.any_GW, state.many_GW, g, state.bits_PW, i, j)
+        after_h = reach_after(state.any_GW, state.many_GW, h, state.bits_PW, j, i)
+        allow -= spread_after(fanout, peak, state.reach_G, g, h, after_g, after_h)
+    if node_fanout + node_peak != 0.0:
+        after_m = reach_after(state.any_NW, state.many_NW, m, state.bits_PW, i, j)
+        after_n = reach_after(state.any_NW, state.many_NW, n, state.bits_PW, j, i)
+        allow -= spread_after(node_fanout, node_peak, state.reach_N, m, n, after_m, after_n)
+    if not allow > 0.0:
         return False
     swap(layer, state, i, j, rank_x, rank_y)
     return True
@@ -295,6 +188,7 @@ def swap(layer: Layer, state: State, i: int, j: int, rank_x: int, rank_y: int) -
     weigh(layer, state, h, x, share_x)
     for w in range(state.bits_PW.shape[1]):
         state.bits_PW[i, w], state.bits_PW[j, w] = state.bits_PW[j, w], state.bits_PW[i, w]
+    state.size_P[i], state.size_P[j] = state.size_P[j], state.size_P[i]
     state.slots_P[i], state.slots_P[j] = y, x
     state.home_EX[x, rank_x], state.home_EX[y, rank_y] = j, i
     state.dirty_G[g] = state.dirty_G[h] = True
@@ -328,14 +222,14 @@ def reassign(layer: Layer, state: State, i: int, j: int, x: int, y: int, price: 
 
 
 @compiled
-def typical_step(layer: Layer, state: State, price: float, moves: int) -> float:
+def typical_step(layer: Layer, state: State, price: float, tries: int) -> float:
     """Mean change of cost over a random walk (which leaves the state there): the unit of temperature."""
     layer, state = borrowed(layer), borrowed(state)
     work_4X = np.empty((4, state.home_EX.shape[1]), np.int64)
     slots = len(state.slots_P)
     total, made = 0.0, 0
     before = spread(layer, state) + price * excess(layer, state)
-    for _ in range(moves):
+    for _ in range(tries):
         i, j = int(random_unit(state.draw_1) * slots), int(random_unit(state.draw_1) * slots)
         if attempt(layer, state, i, j, SWAP, price, math.inf, work_4X):
             after = spread(layer, state) + price * excess(layer, state)
@@ -377,7 +271,7 @@ def anneal(
             kind = CROSS if random_unit(state.draw_1) < 0.5 else REPLACE
         allow = -heat * math.log(1.0 - random_unit(state.draw_1))
         if attempt(layer, state, i, j, kind, price, allow, work_4X):
-            now = spread(layer, state) + layer.price_3[0] * excess(layer, state)
+            now = cost(layer, state)
             if now < best_1[0] - 1e-12:
                 best_1[0] = now
                 for slot in range(slots):
@@ -393,5 +287,5 @@ def descend(layer: Layer, state: State) -> bool:
     better = False
     for i in range(slots):
         for j in range(i + 1, slots):
-            better |= attempt(layer, state, i, j, SWAP, layer.price_3[0], -1e-9, work_4X)
+            better |= attempt(layer, state, i, j, SWAP, layer.price_5[0], -1e-9, work_4X)
     return better

@@ -148,7 +148,7 @@ class Eplb:
 
     name = "eplb"
     solves = "placement"
-    capabilities = frozenset({Capability.REPLICATION, Capability.NODES})
+    capabilities = frozenset({Capability.REPLICATION, Capability.NODES, Capability.LOADS})
     requires: tuple[str, ...] = ("numba",)
 
     def solve(self, problem: Problem, *, seed: int, time_limit_s: float, progress: Progress) -> Solution:

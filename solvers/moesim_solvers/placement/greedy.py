@@ -7,20 +7,15 @@ from numpy.typing import NDArray
 
 from moesim.optimize import Capability, Problem, Progress, Solution, Status
 from moesim_solvers.placement.bounds import load_floor_L, load_ratio_L
-
-
-def overfull(problem: Problem) -> str | None:
-    """Why slots contradict the experts (a device offering more slots than there are experts), or None."""
-    most, experts = int(problem.slots_G.max()), problem.model.experts
-    if most > experts:
-        return f"device {int(problem.slots_G.argmax())} offers {most} slots for {experts} experts; offer at most {experts} slots per device"
-    return None
+from moesim_solvers.placement.limits import overfull, ruled_slots
 
 
 def greedy_slots(problem: Problem) -> NDArray[np.int64]:
-    """Slots [L, P] of the greedy balance of each layer."""
+    """Slots [L, P] of the greedy balance of each layer; where there are rules, of a greedy filling that keeps them."""
     from moesim_solvers.placement.balance import balanced_slots
 
+    if problem.constraints.rules:
+        return ruled_slots(problem)
     first_G = np.concatenate([[0], np.cumsum(problem.slots_G, dtype=np.int64)])
     return np.array([balanced_slots(load_E, first_G) for load_E in problem.load_LE])
 
@@ -35,7 +30,7 @@ class Greedy:
 
     name = "greedy"
     solves = "placement"
-    capabilities = frozenset({Capability.REPLICATION, Capability.HETEROGENEOUS})
+    capabilities = frozenset({Capability.REPLICATION, Capability.HETEROGENEOUS, Capability.RULES, Capability.LOADS})
     requires: tuple[str, ...] = ("numba",)
 
     def solve(self, problem: Problem, *, seed: int, time_limit_s: float, progress: Progress) -> Solution:

@@ -16,14 +16,16 @@ import itertools
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.optimize import Capability, Problem, Progress, Solution, Status
+from moesim.optimize import Apart, Capability, Pin, Problem, Progress, Solution, Status
+from moesim.optimize.constraints import tables
 from moesim_solvers.placement.bounds import load_floor_L, load_ratio_L, price_floor, price_L
-from moesim_solvers.placement.greedy import greedy_slots, overfull
+from moesim_solvers.placement.greedy import greedy_slots
+from moesim_solvers.placement.limits import limits_of, overfull
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -48,6 +50,7 @@ class Layer:
     busy: float
     fanout: float
     node_fanout: float
+    rules: tuple[Pin | Apart, ...] = ()
 
     @property
     def groups(self) -> list[tuple[float, Ints, Ints]]:
@@ -103,7 +106,7 @@ class Proof:
 
 def column_count(layer: Layer) -> int | None:
     """Sets of experts that fit a device, if devices of equal slots are interchangeable and experts have no replicas."""
-    if layer.slots_G.sum() != len(layer.load_E) or layer.node_fanout > 0:
+    if layer.slots_G.sum() != len(layer.load_E) or layer.node_fanout > 0 or layer.rules:
         return None
     return sum(math.comb(len(layer.load_E), int(size)) for size in np.unique(layer.slots_G) if size)
 
@@ -244,6 +247,11 @@ def solve_compact(layer: Layer, start_P: Ints, *, time_limit_s: float) -> Proof:
     borne = np.tile(np.append((layer.load_E[:, None] / mean / replicas_M).ravel(), -1.0), (devices, 1))
     add(np.hstack([z.transpose(1, 0, 2).reshape(devices, -1), np.full((devices, 1), top)]), borne, -np.inf, 0.0)
 
+    pinned_GE, apart_EE = tables(layer.rules, experts, devices)
+    for g, e in np.argwhere(pinned_GE):
+        add(z[e, g][None], np.ones(1), 1.0, 1.0)
+    for e, f in np.argwhere(np.triu(apart_EE)):
+        add(np.concatenate([z[e], z[f]], axis=1), np.ones(1), 0.0, 1.0)
     e_R, f_R = np.nonzero(np.triu(layer.together_EE))
     for price, at_G, slots_D in layer.groups:
         for d, slots in enumerate(slots_D):
@@ -267,7 +275,7 @@ def solve_compact(layer: Layer, start_P: Ints, *, time_limit_s: float) -> Proof:
                     add(np.concatenate([mates, here[e]])[None], value, -np.inf, 0.0)
     upper = np.ones(width)
     upper[top] = live
-    if most == 1 and len(set(layer.slots_G.tolist())) == 1 and layer.node_fanout == 0:
+    if most == 1 and len(set(layer.slots_G.tolist())) == 1 and layer.node_fanout == 0 and not layer.rules:
         for rank, e in enumerate(np.argsort(-layer.load_E, kind="stable")):
             upper[z[e, rank + 1 :]] = 0.0
     matrix = csr_array(
@@ -318,7 +326,7 @@ class Ilp:
 
     name = "ilp"
     solves = "placement"
-    capabilities = frozenset(Capability)
+    capabilities = frozenset(set(Capability) - {Capability.MOVES, Capability.SCENARIOS, Capability.LOADS})
     requires: tuple[str, ...] = ("numba",)
 
     def solve(self, problem: Problem, *, seed: int, time_limit_s: float, progress: Progress) -> Solution:
@@ -344,6 +352,7 @@ class Ilp:
                 fanout=fanout,
                 node_fanout=node_fanout,
                 drift=0.0,
+                limits=replace(limits_of(problem), live_LGE=None),
                 seed=seed,
                 time_limit_s=time_limit_s / 2,
                 progress=lambda share, cost: progress(share / 2, ""),
@@ -363,6 +372,7 @@ class Ilp:
                 busy=busy,
                 fanout=fanout,
                 node_fanout=node_fanout,
+                rules=problem.constraints.at(problem.model.moe_layers[index]),
             )
             start_P = min((start_LP[index] for start_LP in starts), key=layer.price)
             share_s = (stop_s - time.monotonic()) / (len(problem.load_LE) - index)

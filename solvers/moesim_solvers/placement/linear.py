@@ -12,7 +12,7 @@ class Linear:
 
     name = "linear"
     solves = "placement"
-    capabilities = frozenset({Capability.REPLICATION, Capability.HETEROGENEOUS})
+    capabilities = frozenset({Capability.REPLICATION, Capability.HETEROGENEOUS, Capability.LOADS})
     requires: tuple[str, ...] = ()
 
     def solve(self, problem: Problem, *, seed: int, time_limit_s: float, progress: Progress) -> Solution:

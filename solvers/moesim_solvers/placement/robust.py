@@ -1,38 +1,43 @@
-"""robust: a placement for the worst part of the sample rather than for its mean."""
+"""robust: a placement for the worst kinds of traffic rather than for their mean."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.optimize import Capability, Problem, Progress, Solution, Status
 from moesim.trace import TraceStats
-from moesim_solvers.placement.greedy import greedy_slots, overfull
+from moesim_solvers.placement.greedy import greedy_slots
+from moesim_solvers.placement.limits import limits_of, overfull
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BLOCKS = 8
-TAIL = 0.25  # of the scenarios: CVaR at 0.75
 ROUNDS = 3
 STEP = 1.0  # of the multiplicative weights, on prices scaled to 0..1
 
 
-def tail_mean(price_S: Floats, tail: float) -> float:
-    """Mean of the dearest share `tail` of equally likely scenarios (CVaR at 1 - tail; Rockafellar and Uryasev 2000)."""
-    worth = len(price_S) * tail
-    weight_S = np.clip(worth - np.arange(len(price_S)), 0.0, 1.0)
-    return float((-np.sort(-price_S) * weight_S).sum() / worth)
+def tail_mean(price_S: Floats, tail: float, weight_S: Floats | None = None) -> float:
+    """Mean of the dearest share `tail` of scenarios of these weights, equal by default (CVaR at 1 - tail; Rockafellar and Uryasev
+    2000). 1 is the mean; a share no larger than the dearest scenario's is that scenario."""
+    weight_S = np.full(len(price_S), 1.0) if weight_S is None else weight_S
+    order = np.argsort(-price_S, kind="stable")
+    share_S = weight_S[order] / weight_S.sum()
+    before_S = np.cumsum(share_S) - share_S
+    counted_S = np.clip(tail - before_S, 0.0, share_S)
+    return float((price_S[order] * counted_S).sum() / counted_S.sum())
 
 
-def scenario_price_S(problem: Problem, slots_LP: NDArray[np.integer], ends_S: Ints) -> Floats:
-    """Seconds per layer of each consecutive part of the sample (tokens before `ends_S`), mean over layers."""
+def scenario_price_S(problem: Problem, ids_TLK: NDArray[np.integer], slots_LP: NDArray[np.integer], ends_S: Ints) -> Floats:
+    """Seconds per layer of each consecutive part of the tokens (those before `ends_S`), mean over layers."""
     from moesim.cost import route
 
     price, placement = problem.weights, problem.placement(slots_LP)
-    traffic = route(problem.experts_TLK, placement, problem.cluster.node_G, ends_S=ends_S)
+    traffic = route(np.asarray(ids_TLK, np.uint16), placement, problem.cluster.node_G, ends_S=ends_S)
     load_SLG = traffic.device_tokens_SLG(placement)
     mean_SL = load_SLG.sum(axis=2) / np.count_nonzero(problem.slots_G)
     ratio_SL = np.divide(load_SLG.max(axis=2), mean_SL, out=np.ones_like(mean_SL), where=mean_SL > 0)
@@ -50,36 +55,45 @@ def reweighted(ends_S: Ints, weight_S: Floats) -> Ints:
 
 
 class Robust:
-    """Least CVaR(0.75) of layer time over parts of the sample: searches in seconds, weighting up the parts that come out dear.
+    """Least CVaR of layer time over kinds of traffic: searches in seconds, weighting up the kinds that come out dear.
 
-    A problem carries no domains, so the scenarios are eight consecutive blocks of its token sample: where a trace lists its
-    domains one after the other they are much like domains, within one domain they differ by chance and topic. The objective is
-    the mean price (load, devices and nodes per token) of the two dearest blocks. Multiplicative weights (Freund and Schapire
-    1999) over three searches; the first has equal weights, so the answer is never worse than that on these blocks.
-    A heuristic: searches are not exact, so no bound; and it cannot guard against traffic that is in no block.
+    The scenarios are the problem's (domains, phases, with weights); without any, eight consecutive blocks of its token sample, which
+    within one domain differ by chance and topic. The objective is the mean price (load, devices and nodes per token) of the dearest
+    scenarios that make up the share `Problem.tail` of all weight; a share near 0 is the worst scenario alone. Multiplicative
+    weights (Freund and Schapire 1999) over three searches; the first has the weights given, so the answer is never worse than that on
+    these scenarios. A heuristic: searches are not exact, so no bound; and it cannot guard against traffic that is in no scenario.
     """
 
     name = "robust"
     solves = "placement"
-    capabilities = frozenset({Capability.REPLICATION, Capability.HETEROGENEOUS, Capability.FANOUT, Capability.NODES, Capability.ANYTIME})
+    capabilities = frozenset(
+        {
+            Capability.REPLICATION,
+            Capability.HETEROGENEOUS,
+            Capability.FANOUT,
+            Capability.NODES,
+            Capability.ANYTIME,
+            Capability.RULES,
+            Capability.SCENARIOS,
+        }
+    )
     requires: tuple[str, ...] = ("numba",)
 
     def solve(self, problem: Problem, *, seed: int, time_limit_s: float, progress: Progress) -> Solution:
-        """Best of three searches; notes give mean, tail and worst block of the first (equal weights) and the chosen one."""
+        """Best of three searches; notes give mean, tail and every scenario of the first (weights as given) and the chosen one."""
         from moesim_solvers.placement.search import search_slots
 
         if reason := overfull(problem):
             return Solution(status=Status.INFEASIBLE, placement=None, seed=seed, notes={"reason": reason})
-        ids, stop_s = problem.experts_TLK, time.monotonic() + time_limit_s
-        blocks = min(BLOCKS, len(ids))
-        if not blocks:
+        stop_s = time.monotonic() + time_limit_s
+        ids, ends_S, given_S, names = _scenarios(problem)
+        if not len(ids):
             notes = {"scenarios": "none: no tokens, greedy balance"}
             return Solution(status=Status.FEASIBLE, placement=problem.placement(greedy_slots(problem)), seed=seed, notes=notes)
-        ends_S = (np.arange(1, blocks + 1) * len(ids)) // blocks
-        price, weight_S, finished = problem.weights, np.full(blocks, 1 / blocks), True
+        price, weight_S, finished, binding = problem.weights, given_S, True, replace(limits_of(problem), live_LGE=None)
         tried: list[tuple[float, Floats, NDArray[np.int64]]] = []
         for turn in range(ROUNDS):
-            sample_TLK = ids[reweighted(ends_S, weight_S)] if turn else ids
+            sample_TLK = ids[reweighted(ends_S, weight_S)] if turn or problem.scenarios else ids
             load_LE = TraceStats.from_experts(sample_TLK, problem.model).load_LE
             found = search_slots(
                 sample_TLK,
@@ -89,13 +103,14 @@ class Robust:
                 busy=price.load_s,
                 fanout=price.devices_s,
                 node_fanout=price.nodes_s,
+                limits=binding,
                 seed=seed,
                 time_limit_s=max(stop_s - time.monotonic(), 0.0) / (ROUNDS - turn),
                 progress=lambda share, cost, turn=turn: progress((turn + share) / ROUNDS, ""),  # type: ignore[misc]
             )
             finished &= found.finished
-            price_S = scenario_price_S(problem, found.slots_LP, ends_S)
-            tried.append((tail_mean(price_S, TAIL), price_S, found.slots_LP))
+            price_S = scenario_price_S(problem, ids, found.slots_LP, ends_S)
+            tried.append((tail_mean(price_S, problem.tail, given_S), price_S, found.slots_LP))
             scaled_S = (price_S - price_S.min()) / max(float(np.ptp(price_S)), 1e-300)
             weight_S = weight_S * np.exp(STEP * scaled_S)
             weight_S /= weight_S.sum()
@@ -106,9 +121,26 @@ class Robust:
             placement=problem.placement(slots_LP),
             objective=tail,
             seed=seed,
-            notes={"scenarios": f"{blocks} consecutive blocks of {len(ids)} tokens", "chosen_round": chosen + 1}
+            notes={"scenarios": names, "tail": problem.tail, "chosen_round": chosen + 1}
             | {
-                f"{what}_s": {"mean": float(price_S.mean()), "tail": tail_s, "worst": float(price_S.max())}
-                for what, (tail_s, price_S, _) in (("equal_weights", tried[0]), ("chosen", tried[chosen]))
+                f"{what}_s": {
+                    "mean": float(given_S @ price_S),
+                    "tail": tail_s,
+                    "worst": float(price_S.max()),
+                    "each": [float(each) for each in price_S],
+                }
+                for what, (tail_s, price_S, _) in (("given_weights", tried[0]), ("chosen", tried[chosen]))
             },
         )
+
+
+def _scenarios(problem: Problem) -> tuple[NDArray[np.uint16], Ints, Floats, list[str]]:
+    """Tokens of all scenarios in a row, where each ends, their weights (sum 1) and names."""
+    if problem.scenarios:
+        parts = [scenario.experts_TLK for scenario in problem.scenarios]
+        weight_S = np.array([scenario.weight for scenario in problem.scenarios])
+        return np.concatenate(parts), np.cumsum([len(part) for part in parts]), weight_S / weight_S.sum(), [s.name for s in problem.scenarios]
+    ids = problem.experts_TLK
+    blocks = min(BLOCKS, len(ids))
+    ends_S = (np.arange(1, blocks + 1) * len(ids)) // max(blocks, 1)
+    return ids, ends_S, np.full(blocks, 1 / max(blocks, 1)), [f"block {block + 1} of {blocks} of the sample" for block in range(blocks)]

@@ -13,19 +13,23 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import InputError
-from moesim_solvers.placement.annealing import Layer, State, anneal, descend, evaluate, excess, spread, typical_step
+from moesim_solvers.placement.annealing import anneal, descend, typical_step
 from moesim_solvers.placement.balance import balanced_slots
 from moesim_solvers.placement.bits import packed
+from moesim_solvers.placement.limits import Limits
+from moesim_solvers.placement.state import Layer, State, cost, evaluate
 
 NO_SELECTION = 65535
 MOST_TOKENS = 8192  # more do not improve held-out fan-out, and time grows in proportion
 BLOCKS = 8  # consecutive parts of the sample whose differing loads show how much a device's load may drift
 MOVES = 300_000  # of the last round, times the cube root of the number of slots
+MOST_WORK = 3e9  # moves times words of a token set, over all layers: larger problems get shorter rounds, to end in half a minute
 ROUNDS = 3
 CHUNK = 20_000  # moves between two looks at the clock, about 10 ms
 HOT, COLD = 0.5, 0.02  # temperatures, in typical changes of cost by a random move
@@ -65,8 +69,12 @@ def search_slots(
     busy: float = 1.0,
     fanout: float = 1.0,
     node_fanout: float = 0.0,
+    peak: float = 0.0,
     load_slack: float | None = None,
     drift: float = 1.5,
+    blocks: int = BLOCKS,
+    limits: Limits | None = None,
+    rounds: int = ROUNDS,
     seed: int = 0,
     time_limit_s: float = math.inf,
     threads: int | None = None,
@@ -78,15 +86,19 @@ def search_slots(
 
     Loads are `load_LE`, split evenly over replicas; travel is counted on the token sets of `experts_TLK`,
     token t going to replica `t mod count` of an expert (rule `even`, replicas numbered by slot).
-    A device's load is raised by `drift` standard errors of its mean over eight consecutive parts of the sample,
+    A device's load is raised by `drift` standard errors of its mean over `blocks` consecutive parts of the sample,
     because experts chosen together also surge together; 0 takes the loads as they are.
 
     Parameters
     ----------
     experts_TLK : ids < E, 65535 = no selection. Beyond 8192 tokens an even subset is used.
     slots_G, node_G : slots (0: out of service) and node of each device; device g owns the g-th run of slots.
+    peak : share of the price of travel that is paid for the busiest device (and node) instead of the mean one: the
+        busiest port sets the time of an exchange.
     load_slack : if given, load is no cost but a limit: the greedy balance's own ratio plus this slack
         (both with drift), and `busy` is not used.
+    limits : pins, experts apart, the live plan, slots to begin with.
+    rounds : fewer than three stop after the first, shorter ones; none is the descent alone.
     time_limit_s : soft limit, looked at every few milliseconds; a result that was not cut off depends on the
         seed only, not on time, threads or process.
     progress : called with the fraction done and the mean cost over layers, after each layer of each round.
@@ -96,11 +108,13 @@ def search_slots(
     InputError
         If ids, loads, slots or nodes contradict one another or prices are negative.
     """
+    compile_kernels()
     stop_s = time.monotonic() + time_limit_s
     experts_TLK = np.asarray(experts_TLK)
     load_LE = np.asarray(load_LE, dtype=np.float64)
     slots_G, node_G = np.asarray(slots_G, dtype=np.int64), np.asarray(node_G, dtype=np.int64)
-    _check(experts_TLK, load_LE, slots_G, node_G, (busy, fanout, node_fanout, load_slack or 0.0, drift))
+    _check(experts_TLK, load_LE, slots_G, node_G, (busy, fanout, node_fanout, load_slack or 0.0, drift, peak, 1.0 - peak))
+    limits = limits or Limits()
     node_G = np.unique(node_G, return_inverse=True)[1].astype(np.int64)
     if len(experts_TLK) > MOST_TOKENS:
         experts_TLK = experts_TLK[np.linspace(0, len(experts_TLK) - 1, MOST_TOKENS).astype(np.int64)]
@@ -110,44 +124,54 @@ def search_slots(
     live = int(np.count_nonzero(slots_G))
     turn_RW = _turns(len(experts_TLK), min(live, slots - experts + 1))
     limited = load_slack is not None
+    most_moves = min(MOVES * math.cbrt(slots), MOST_WORK / (layers * turn_RW.shape[1] or 1))
     unit = max(0.0 if limited else busy, fanout, node_fanout) or 1.0  # the search knows prices of the order of one
     soft, firm, full = (SOFT, FIRM, STRICT) if limited else (busy / unit,) * 3
     cold = COLD_LIMITED if limited else COLD
-    price_3 = np.array([full, fanout / unit, node_fanout / unit])
+    flat, nodes_live = 1.0 - peak, len(np.unique(node_G[slots_G > 0]))
+    price_5 = np.array([full, flat * fanout, flat * node_fanout, peak * fanout * live, peak * node_fanout * nodes_live])
+    price_5[1:] /= unit
+    device_P = np.repeat(np.arange(len(slots_G)), slots_G)
+    nothing = np.zeros((0, 0), np.bool_)
 
     def prepare(layer: int) -> _Task:
-        start_P = balanced_slots(load_LE[layer], first_G)
+        start_P = balanced_slots(load_LE[layer], first_G) if limits.start_LP is None else limits.start_LP[layer].astype(np.int64)
+        greedy_P = start_P if limits.start_LP is None else balanced_slots(load_LE[layer], first_G)
         given = Layer(
             member_EW=_members(experts_TLK[:, layer], experts),
             turn_RW=turn_RW,
             load_E=load_LE[layer],
-            drift_EB=_drift(experts_TLK[:, layer], load_LE[layer], drift),
+            drift_EB=_drift(experts_TLK[:, layer], load_LE[layer], drift, blocks),
             first_G=first_G,
-            device_P=np.repeat(np.arange(len(slots_G)), slots_G),
+            device_P=device_P,
             node_G=node_G,
-            price_3=price_3,
+            price_5=price_5,
             mean=max(float(load_LE[layer].sum()) / live, 1e-300),
             load_limit=0.0,
             peak_limit=0.0,
             tokens=max(len(experts_TLK), 1),
+            pin_GE=nothing if limits.pinned_LGE is None else limits.pinned_LGE[layer],
+            apart_EE=nothing if limits.apart_LEE is None else limits.apart_LEE[layer],
+            live_GE=nothing if limits.live_LGE is None else limits.live_LGE[layer],
+            move=limits.move / unit,
         )
-        state = _state(given, start_P, 0)
+        state = _state(given, greedy_P, 0)
         if load_slack is not None:
             given = given._replace(
                 load_limit=float(state.load_G.max()) / given.mean + load_slack,
                 peak_limit=float(state.peak_G.max()) / given.mean + load_slack,
             )
-        return _Task(given=given, start_P=start_P, best_P=start_P.copy(), best_1=np.array([_cost(given, state)]))
+        return _Task(given=given, start_P=start_P, best_P=start_P.copy(), best_1=np.array([cost(given, _state(given, start_P, 0))]))
 
     def improve(layer: int, task: _Task, round_: int) -> bool:
         if time.monotonic() > stop_s:
             return False
         draw = np.random.SeedSequence([seed, layer, round_]).generate_state(1, np.uint64)[0]
-        moves = int(MOVES * math.cbrt(slots)) // 4 ** (ROUNDS - 1 - round_)
+        moves = int(most_moves) // 4 ** (ROUNDS - 1 - round_) if rounds else 0
         state = _state(task.given, task.start_P, draw)
-        step = typical_step(task.given, state, 0.0 if limited else full, 200)
+        step = typical_step(task.given, state, 0.0 if limited else full, 200) if moves else 0.0
         state = _state(task.given, task.start_P, draw)
-        best_P, best_1 = task.start_P.copy(), np.array([_cost(task.given, state)])
+        best_P, best_1 = task.start_P.copy(), np.array([cost(task.given, state)])
         done = 0
         while step > 0 and done < moves and time.monotonic() < stop_s:
             until = min(done + CHUNK, moves)
@@ -157,21 +181,21 @@ def search_slots(
         while time.monotonic() < stop_s and descend(task.given, state):
             pass
         state = _state(task.given, state.slots_P, draw)
-        if _cost(task.given, state) < task.best_1[0]:
-            task.best_P[:], task.best_1[0] = state.slots_P, _cost(task.given, state)
+        if cost(task.given, state) < task.best_1[0]:
+            task.best_P[:], task.best_1[0] = state.slots_P, cost(task.given, state)
         return done == moves or step == 0
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         tasks = list(pool.map(prepare, range(layers)))
         start_cost_L = np.array([task.best_1[0] for task in tasks])
         finished = True
-        for round_ in range(ROUNDS):
+        for round_ in range(max(rounds, 1)):
             jobs = [pool.submit(improve, layer, task, round_) for layer, task in enumerate(tasks)]
             for count, job in enumerate(as_completed(jobs), start=1):
                 finished &= job.result()
                 if progress is not None:
                     work = sum(4.0**r for r in range(round_)) + 4.0**round_ * count / layers
-                    progress(work / sum(4.0**r for r in range(ROUNDS)), unit * float(np.mean([t.best_1[0] for t in tasks])))
+                    progress(work / sum(4.0**r for r in range(max(rounds, 1))), unit * float(np.mean([t.best_1[0] for t in tasks])))
     return Found(
         slots_LP=np.array([task.best_P for task in tasks]),
         cost_L=unit * np.array([task.best_1[0] for task in tasks]),
@@ -180,8 +204,32 @@ def search_slots(
     )
 
 
-def _cost(given: Layer, state: State) -> float:
-    return spread(given, state) + float(given.price_3[0]) * excess(given, state)
+@cache
+def compile_kernels() -> None:
+    """Compile (or load) every kernel on a problem of two experts, so that no time limit is spent on it."""
+    given = Layer(
+        member_EW=np.ones((2, 1), np.uint64),
+        turn_RW=np.ones((3, 1), np.uint64),
+        load_E=np.ones(2),
+        drift_EB=np.zeros((2, 0)),
+        first_G=np.array([0, 1, 2]),
+        device_P=np.array([0, 1]),
+        node_G=np.array([0, 1]),
+        price_5=np.ones(5),
+        mean=1.0,
+        load_limit=0.0,
+        peak_limit=0.0,
+        tokens=1,
+        pin_GE=np.zeros((0, 0), np.bool_),
+        apart_EE=np.zeros((0, 0), np.bool_),
+        live_GE=np.zeros((0, 0), np.bool_),
+        move=0.0,
+    )
+    balanced_slots(given.load_E, given.first_G)
+    state = _state(given, np.array([0, 1]), 0)
+    typical_step(given, state, 1.0, 1)
+    anneal(given, state, np.array([0, 1]), np.zeros(1), 0, 1, 1, 1.0, 1.0, 1.0, 1.0)
+    descend(given, state)
 
 
 def _state(given: Layer, slots_P: NDArray[np.int64], draw: np.uint64 | int) -> State:
@@ -193,6 +241,7 @@ def _state(given: Layer, slots_P: NDArray[np.int64], draw: np.uint64 | int) -> S
         home_EX=np.zeros((experts, slots - experts + 2), np.int64),
         count_E=np.zeros(experts, np.int64),
         bits_PW=np.zeros((slots, words), np.uint64),
+        size_P=np.zeros(slots, np.int64),
         any_GW=np.zeros((devices, words), np.uint64),
         many_GW=np.zeros((devices, words), np.uint64),
         any_NW=np.zeros((nodes, words), np.uint64),
@@ -223,10 +272,10 @@ def _turns(tokens: int, most: int) -> NDArray[np.uint64]:
     return np.vstack([packed(np.arange(tokens) % n == np.arange(n)[:, None]) for n in range(1, most + 1)])
 
 
-def _drift(experts_TK: NDArray[np.integer], load_E: NDArray[np.float64], drift: float) -> NDArray[np.float64]:
+def _drift(experts_TK: NDArray[np.integer], load_E: NDArray[np.float64], drift: float, blocks: int) -> NDArray[np.float64]:
     """Deviation of each expert's load in each of B consecutive parts, so scaled that a device's root sum of
     squares over its experts' sums is `drift` standard errors of its load. Returns [E, B]."""
-    parts = np.array_split(experts_TK, min(BLOCKS, len(experts_TK))) if drift and len(experts_TK) > 1 else []
+    parts = np.array_split(experts_TK, min(blocks, len(experts_TK))) if drift and len(experts_TK) > 1 else []
     if not parts:
         return np.zeros((len(load_E), 0))
     count_BE = np.array([np.bincount(part[part != NO_SELECTION], minlength=len(load_E)) for part in parts])

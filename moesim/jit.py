@@ -1,0 +1,67 @@
+"""Numba compilation with its type kept: what compiled kernels are decorated with.
+
+Import this module only from modules that are themselves loaded lazily: numba costs a quarter of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar
+
+import numba
+from numba.core import types
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R", bound=tuple[Any, ...])
+
+
+def compiled(function: F) -> F:
+    """Compile for machine speed, cache on disk, release the GIL (so that layers run in threads).
+
+    Kernels keep IEEE arithmetic (no fast-math): the same seed gives the same bytes in any process.
+    """
+    kernel: F = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    return kernel
+
+
+def inlined(function: F) -> F:
+    """Like `compiled`, for small functions called in hot loops: a call would copy whole tuples of arrays."""
+    kernel: F = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)(function)
+    return kernel
+
+
+def specialised(loop: F, name: str, hooks: dict[str, Any]) -> F:
+    """A compiled copy of the plain function `loop` that finds `hooks` where the original has globals of those names.
+
+    numba keeps compiled code by qualified name, so every copy has its own file in its cache; functions passed as arguments
+    or closed over would be compiled anew in each process.
+    """
+    assert isinstance(loop, FunctionType)
+    copy: Any = FunctionType(loop.__code__, {**loop.__globals__, **hooks}, name)
+    copy.__module__, copy.__qualname__ = loop.__module__, f"{loop.__name__}_{name}"
+    kernel: F = compiled(copy)
+    return kernel
+
+
+def _lend(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value=value)
+        array.meminfo = array.meminfo.type(None)
+        return array._getvalue()
+    for index, part in enumerate(getattr(kind, "types", ())):  # of a tuple
+        value = builder.insert_value(value, _lend(context, builder, part, builder.extract_value(value, index)), index)
+    return value
+
+
+def _borrowed(typing_context: Any, record: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _lend(context, builder, record, args[0])
+
+    return record(record), generate
+
+
+#: The same named tuple of arrays (and of such tuples) without their reference counts, which otherwise cost more than the
+#: work of a small kernel at every call. The caller keeps the original alive.
+borrowed: Callable[[R], R] = intrinsic(_borrowed)

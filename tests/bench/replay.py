@@ -1,0 +1,106 @@
+"""Replay of expert caches: 10 million requests one at a time, real events, and all cache sizes in one pass."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from functools import cache
+
+import numpy as np
+
+from moesim.replay import Events, miss_curves, replay
+from tests.bench.registry import Measured, bench, best_of
+
+REQUESTS = 10**7
+
+
+@cache
+def requests() -> Events:
+    """Zipf 0.8 over 64 experts of one layer, one at a time, as libCacheSim is measured with."""
+    share = 1 / np.arange(1, 65) ** 0.8
+    ids = np.random.default_rng(0).choice(64, REQUESTS, p=share / share.sum()).astype(np.int32)
+    every = np.arange(REQUESTS)
+    return Events(experts_A=ids, starts_N=np.arange(REQUESTS + 1), layer_N=0 * every, step_N=every, layers=1, experts=64)
+
+
+def tokens(experts: int, top_k: int, layers: int, count: int) -> Events:
+    """Skewed choices, one token a step."""
+    rng = np.random.default_rng(0)
+    liking = rng.random((layers, experts))
+    ids = np.argsort(-(liking + rng.random((count, layers, experts))), axis=2)[:, :, :top_k].astype(np.uint16)
+    return Events.from_experts(ids, experts=experts)
+
+
+def plain_lru(ids: list[int], slots: int) -> int:
+    """Hits of LRU with an ordered dictionary, as one would write it first."""
+    held: OrderedDict[int, None] = OrderedDict()
+    hits = 0
+    for e in ids:
+        if e in held:
+            hits += 1
+            held.move_to_end(e)
+        else:
+            if len(held) == slots:
+                held.popitem(last=False)
+            held[e] = None
+    return hits
+
+
+def per_second(policy: str) -> Measured:
+    """Requests per second with 16 slots, against LRU in plain Python."""
+    events = requests()
+    sample = events.experts_A[:500_000].tolist()
+    begin = time.perf_counter()
+    hits = plain_lru(sample, 16)
+    peer = len(sample) / (time.perf_counter() - begin)
+    assert hits == replay(events.part(0, len(sample)), "lru", 16).hits
+    seconds = best_of(lambda: replay(events, policy, 16), repeats=3)
+    return Measured(value=REQUESTS / seconds, unit="requests/s", peer="LRU in plain Python", peer_value=peer)
+
+
+@bench
+def replay_lru() -> Measured:
+    """LRU, one request at a time."""
+    return per_second("lru")
+
+
+@bench
+def replay_s3_fifo() -> Measured:
+    """S3-FIFO, one request at a time."""
+    return per_second("s3-fifo")
+
+
+@bench
+def replay_arc() -> Measured:
+    """ARC, one request at a time."""
+    return per_second("arc")
+
+
+@bench
+def replay_belady() -> Measured:
+    """Belady, the pass backward for next uses included."""
+    return per_second("belady")
+
+
+@bench
+def replay_events_lru() -> Measured:
+    """Accesses per second of LRU on events, top-6 of 64 in 8 layers; against the same accesses one at a time."""
+    events = tokens(64, 6, 8, 50_000)
+    single = events.sequential()
+    seconds, peer = best_of(lambda: replay(events, "lru", 16)), best_of(lambda: replay(single, "lru", 16))
+    return Measured(value=events.accesses / seconds, unit="accesses/s", peer="one at a time", peer_value=events.accesses / peer)
+
+
+@bench
+def replay_all_sizes() -> Measured:
+    """Seconds of LRU for all sizes 0..256, top-8 of 256 in one layer, against a replay of one size."""
+    events = tokens(256, 8, 1, 100_000)
+    seconds, peer = best_of(lambda: miss_curves(events, "lru")), best_of(lambda: replay(events, "lru", 64))
+    return Measured(value=seconds, unit="s", peer="one size", peer_value=peer)
+
+
+@bench
+def replay_gather() -> Measured:
+    """Selections per second from routing to events."""
+    ids = np.random.default_rng(0).integers(0, 64, (50_000, 8, 6)).astype(np.uint16)
+    return Measured(value=ids.size / best_of(lambda: Events.from_experts(ids, experts=64)), unit="selections/s")
