@@ -16,7 +16,9 @@ EPILOG = "Example: moesim report demo-out/result.json validation.json -o report.
 def run(
     files: Annotated[
         list[Path],
-        typer.Argument(help="JSON written by `moesim demo`, `validate`, `simulate -o` or `inspect -o`, in the order to show.", metavar="FILE…"),
+        typer.Argument(
+            help="JSON written by other verbs (-o, --result), or the folder of a `demo` or `sweep`, in the order to show.", metavar="FILE…"
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
     title: Annotated[str | None, typer.Option("--title", help="Title of the page; default: that of the only document.")] = None,

@@ -10,11 +10,12 @@ from moesim.errors import InputError
 from moesim.files import read_json, validated
 from moesim.report.schema import SECTIONS, Document
 
-REMEDY = "give JSON written by `moesim demo`, `validate`, `simulate -o` or `inspect -o`"
+REMEDY = "give JSON written by `moesim demo`, `validate`, `simulate -o` or `inspect -o`, or the folder of a `demo` or `sweep`"
 
 
 def read_document(path: Path) -> Document:
-    """Document in a file. Raises InputError naming the file and every mistake in it."""
+    """Document in a file, or in the `result.json` of a folder. Raises InputError naming the file and every mistake in it."""
+    path = path / "result.json" if path.is_dir() else path
     return as_document(read_json(path, InputError), place=str(path))
 
 
@@ -38,6 +39,10 @@ def _wrapped(data: Mapping[str, Any]) -> dict[str, Any]:
     version = {"schema_version": data["schema_version"]} if "schema_version" in data else {}
     if "summary" in data and "layer_s" in data:
         return {**version, "results": [data]}
+    if data.get("kind") == "serving" and "series" in data:
+        return {**version, "serving": [data]}
+    if data.get("kind") == "scaling-result":
+        return {**version, "scaling": data}
     if "skew" in data and "load" in data:
         return {**version, "inspection": data}
     return dict(data)

@@ -13,7 +13,7 @@ from moesim.files import write_text
 from moesim.report.blocks import Drawing
 from moesim.report.documents import as_document
 from moesim.report.schema import Document
-from moesim.report.sections import answer, sections
+from moesim.report.sections import answer, sections, together
 from moesim.report.svg import inline_svg
 
 # Characters that no HTML or UTF-8 file may hold: controls, and halves of surrogate pairs.
@@ -46,11 +46,12 @@ def render(documents: Sequence[Document], *, title: str | None = None) -> str:
         return Markup(inline_svg(drawing, key=f"figure{next(numbers)}"))  # made by our own serialiser: texts are escaped there
 
     headings = [heading(document) for document in documents]
+    shared = [section for section in (together(documents),) if section is not None]
     page = template.render(
         title=title or (headings[0] if len(headings) == 1 else "moesim report"),
         style=Markup((room / "style.css").read_text("utf-8")),
         documents=[
-            {"key": f"d{i}", "heading": name, "answer": answer(document), "sections": sections(document)}
+            {"key": f"d{i}", "heading": name, "answer": answer(document), "sections": [*(shared if i == 1 else []), *sections(document)]}
             for i, (name, document) in enumerate(zip(headings, documents, strict=True), 1)
         ],
         svg=svg,
@@ -62,6 +63,12 @@ def heading(document: Document) -> str:
     """The document's title, else one made of what it holds."""
     if document.title:
         return document.title
+    if document.scaling:
+        return f"Scaling of {document.scaling.plan.name}"
+    if document.serving and not document.sweep:
+        return f"Serving: {document.serving[0].summary.name}"
+    if document.sweep:
+        return f"A sweep of {len(document.sweep.cases):,} cases"
     if document.comparison:
         return f"Placements on {document.comparison.cluster_title or document.comparison.cluster}"
     if document.validation:

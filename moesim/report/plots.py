@@ -148,7 +148,7 @@ def draw_line(
     ax.set_ylabel(ylabel)
     ax.xaxis.set_major_locator(_whole())
     ax.grid(axis="y", color=LINE, linewidth=0.6)
-    return _open(ax)
+    return opened(ax)
 
 
 def draw_dots(ax: Axes, *, dots: Dots) -> Axes:
@@ -166,11 +166,11 @@ def draw_dots(ax: Axes, *, dots: Dots) -> Axes:
         ax.plot(x, y, MARKERS[index % len(MARKERS)], label=label(part, 44), **style)
     ax.set_yticks(rows, [label(plan) for plan in dots.plans])
     ax.set_ylim(len(dots.plans) - 0.5, -0.5)
-    _human_axis(ax.xaxis, dots.unit)
+    human_axis(ax.xaxis, dots.unit)
     ax.grid(axis="x", color=LINE, linewidth=0.6)
     ax.figure.legend(loc="outside upper left", ncols=1, handletextpad=0.4, borderpad=0)
     ax.tick_params(axis="y", length=0)
-    return _open(ax, left=False)
+    return opened(ax, left=False)
 
 
 def draw_split(ax: Axes, *, names: Sequence[str], seconds: Mapping[str, Sequence[float]]) -> Axes:
@@ -181,10 +181,10 @@ def draw_split(ax: Axes, *, names: Sequence[str], seconds: Mapping[str, Sequence
         start = start + np.asarray(values)
     ax.set_yticks(range(len(names)), [label(name) for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
-    _human_axis(ax.xaxis, "s")
+    human_axis(ax.xaxis, "s")
     ax.figure.legend(loc="outside upper left", ncols=3, handlelength=1, handletextpad=0.5, columnspacing=1.4, borderpad=0)
     ax.tick_params(axis="y", length=0)
-    return _open(ax, left=False)
+    return opened(ax, left=False)
 
 
 def draw_cloud(ax: Axes, *, cloud: Cloud) -> Axes:
@@ -207,7 +207,7 @@ def draw_cloud(ax: Axes, *, cloud: Cloud) -> Axes:
     ax.set_ylabel("predicted")
     ax.grid(color=LINE, linewidth=0.6)
     ax.figure.legend(loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.2, borderpad=0, markerscale=1.4)
-    return _open(ax)
+    return opened(ax)
 
 
 def _two_sided() -> Any:
@@ -249,9 +249,16 @@ def _row_ticks(ax: Axes, rows: Sequence[int]) -> None:
     ax.xaxis.set_major_locator(_whole())
 
 
-def _human_axis(axis: Any, unit: str) -> None:
+def human_axis(axis: Any, unit: str) -> None:
+    """Few ticks, written with SI prefixes; unit "%" is a share."""
+
+    def text(value: float, _: object) -> str:
+        if unit == "%":
+            return f"{100 * value:.3g}%"
+        return human(value, unit) if unit or abs(value) >= 1e4 else f"{value:.4g}"
+
     axis.set_major_locator(_ticker().MaxNLocator(4))
-    axis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: human(value, unit) if unit else f"{value:.4g}"))
+    axis.set_major_formatter(_ticker().FuncFormatter(text))
 
 
 def _framed(ax: Axes) -> Axes:
@@ -261,7 +268,8 @@ def _framed(ax: Axes) -> Axes:
     return ax
 
 
-def _open(ax: Axes, *, left: bool = True) -> Axes:
+def opened(ax: Axes, *, left: bool = True) -> Axes:
+    """Axes without the frame a reader does not need."""
     ax.spines[["top", "right"] if left else ["top", "right", "left"]].set_visible(False)
     ax.set_axisbelow(True)
     return ax

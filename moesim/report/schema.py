@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
+
+from moesim.report.cache_parts import CachingPart
+from moesim.report.measured_parts import Validation
+from moesim.report.parts import CapacityPart, Part, ScalingPart, ServingPart, SweepPart
 
 Row = list[float]
 KINDS = ("held-out", "cross-domain", "in-sample")  # strongest evidence first
-
-
-class Part(BaseModel):
-    """A piece of a document: immutable, finite numbers only."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False, extra="ignore")
 
 
 class Machine(Part):
@@ -179,91 +177,8 @@ class ResultPart(Part):
         return self
 
 
-class Errors(Part):
-    """Relative errors of predictions; ape = |predicted/measured - 1|, bias = mean(predicted/measured - 1), all shares."""
-
-    n: int
-    median_ape: float
-    p90_ape: float
-    mape: float
-    bias: float
-
-
-class Calibration(Errors):
-    """What the kernel was fitted on, and how well it fits that."""
-
-    kernel: dict[str, JsonValue] = {}
-    measured_on: str | None = None
-
-
-class Case(Part):
-    """One layer of one rank, predicted and executed. `cv` is the coefficient of variation of the repeats."""
-
-    plan: str
-    layer: int
-    rank: int
-    tokens: float
-    experts: float | None = None
-    predicted_s: float = Field(gt=0)
-    measured_s: float = Field(gt=0)
-    cv: float | None = None
-
-
-class RankedPlan(Part):
-    """A plan's time, predicted and measured: its slowest rank's, summed over layers."""
-
-    name: str
-    predicted_s: float = Field(gt=0)
-    measured_s: float = Field(gt=0)
-
-
-class Ranking(Part):
-    """Whether predictions order plans as measurements do. `top1_regret` = measured time of the predicted best over the best, minus 1."""
-
-    plans: list[RankedPlan] = Field(min_length=1)
-    spearman: float | None = None
-    kendall: float | None = None
-    top1_regret: float | None = None
-    spread: float | None = None
-    noise_floor: float | None = None
-    verdict: str = ""
-
-
-class Check(Part):
-    """Something that had to hold."""
-
-    name: str
-    ok: bool
-    detail: str = ""
-
-
-class Validation(Part):
-    """Predictions against executions on real hardware; `ranking_tokens_only` ranks by token counts alone."""
-
-    device: str
-    backend: str
-    hardware: dict[str, JsonValue] = {}
-    date: str | None = None
-    calibration: Calibration | None = None
-    cases: list[Case] = Field(min_length=1)
-    summary: Errors
-    models: dict[str, Errors] = {}
-    ranking: Ranking | None = None
-    ranking_tokens_only: Ranking | None = None
-    timing: str | None = None
-    repeats: int | None = None
-    checks: list[Check] = []
-    modelled: list[str] = []
-
-    @property
-    def where(self) -> str:
-        """The device by the name of its hardware, where the document has it."""
-        name = self.hardware.get("gpu") or (self.hardware.get("cpu") if self.device == "cpu" else None)
-        return f"{self.device} ({name})" if name else self.device
-
-
 class Document(Part):
-    """One document: provenance, and any of the five sections."""
+    """One document: provenance, and any of the sections."""
 
     schema_version: Literal[1]
     title: str | None = None
@@ -277,9 +192,20 @@ class Document(Part):
     comparison: Comparison | None = None
     results: list[ResultPart] = []
     validation: Validation | None = None
+    caching: CachingPart | None = None
+    sweep: SweepPart | None = None
+    capacity: CapacityPart | None = None
+    serving: list[ServingPart] = []
+    scaling: ScalingPart | None = None
+
+    @model_validator(mode="after")
+    def _cases(self) -> Document:
+        if self.capacity and not self.sweep:
+            raise ValueError("capacity without the sweep whose cases it speaks of")
+        return self
 
 
-SECTIONS = ("training", "inspection", "comparison", "results", "validation")
+SECTIONS = ("training", "inspection", "comparison", "results", "validation", "caching", "sweep", "capacity", "serving", "scaling")
 
 
 def _long(name: str, values: Sequence[Any], length: int) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _HEX = re.compile(r"#[0-9a-f]{6}\b")
 _FONT = re.compile(r"font: (?P<weight>bold |700 )?(?P<size>[\d.]+px)[^;]*")
 _LINK = re.compile(r"(url\(#|^#)")
-_SETTINGS = {
+SETTINGS = {
     "svg.fonttype": "none",  # text stays text: searchable, readable aloud, in the page's font
     "svg.hashsalt": "moesim",  # same drawing, same bytes
     "text.parse_math": False,  # a `$` in a plan's name is a `$`
@@ -39,7 +39,7 @@ def inline_svg(drawing: Drawing, *, key: str) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
+    with mpl.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's browser has the font
         figure = Figure(figsize=(drawing.width / 72, drawing.height / 72), layout="constrained")
         drawing.draw(figure.add_subplot())

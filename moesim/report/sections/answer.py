@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from moesim.report.blocks import Answer, Tile, change
-from moesim.report.schema import Comparison, Document, ResultPart, ScoredPart, Summary, Validation
+from moesim.report.measured_parts import Validation
+from moesim.report.parts import SweepPart
+from moesim.report.schema import Comparison, Document, ResultPart, ScoredPart, Summary
+from moesim.report.sections.caching import kept
 from moesim.report.sections.comparison import BASELINE, baseline, strongest
+from moesim.report.sections.recommend import buy, scale, served
+from moesim.report.sections.sweep import groups, value_text, words
 from moesim.report.text import percent, quantity, sentence
 
 
@@ -15,9 +21,19 @@ def answer(document: Document) -> Answer:
     sentences: list[str] = []
     tiles: list[Tile] = []
     cautions: list[str] = []
+    if document.capacity and document.sweep:
+        buy(document, document.capacity, document.sweep, sentences, tiles, cautions)
+    elif document.sweep:
+        _swept(document.sweep, sentences, tiles, cautions)
+    elif document.serving:
+        served(document.serving, sentences, tiles)
+    if document.scaling:
+        scale(document.scaling, sentences, tiles, cautions)
+    if document.caching:
+        kept(document.caching, sentences, tiles, cautions)
     if document.comparison:
         _compared(document.comparison, sentences, tiles, cautions)
-    elif document.results:
+    elif document.results and not document.capacity:
         _simulated(document.results, sentences, tiles)
     elif document.inspection:
         skew = document.inspection.skew
@@ -36,6 +52,13 @@ def ran(document: Document) -> str:
     if i := document.inspection:
         shape = f"{_count(len(i.layers), 'MoE layer')} × {i.experts} experts, top-{i.top_k}"
         said.append(f"The routing of {i.tokens:,} tokens of {i.model} was inspected: {shape}.")
+    if k := document.caching:
+        last = k.scored[-1]
+        said.append(f"A cache of the experts of {k.model} was planned for {k.cluster} and judged on {last.tokens:,} tokens ({last.label}).")
+    if w := document.sweep:
+        said.append(
+            f"{_count(len(w.cases), 'case')} of {w.kind!r} {_was(len(w.cases))} run, differing in {', '.join(w.axes).replace('_', ' ') or 'nothing'}."
+        )
     if c := document.comparison:
         plans = {plan.name for part in c.scored_on for plan in part.plans}
         where = c.cluster_title or c.cluster
@@ -43,7 +66,7 @@ def ran(document: Document) -> str:
             f"{_count(len(plans), 'plan')}, learnt from {c.learnt_from}, {_was(len(plans))} scored on {_count(len(c.scored_on), 'set')} "
             f"of tokens, {c.tokens_per_device:,} per device and step ({where})."
         )
-    if document.results:
+    if document.results and not document.capacity:
         r = document.results[0]
         plans = {result.summary.name for result in document.results}
         steps = f"{_count(r.steps, 'step')} of {r.tokens_per_step:,.0f} tokens"
@@ -51,6 +74,24 @@ def ran(document: Document) -> str:
     if v := document.validation:
         said.append(f"{_count(len(v.cases), 'case')} {_was(len(v.cases))} executed on {v.where} and compared with the prediction.")
     return " ".join(said)
+
+
+def _swept(sweep: SweepPart, sentences: list[str], tiles: list[Tile], cautions: list[str]) -> None:
+    """Who wins under how many conditions; tiles of the best case where there is one set of conditions."""
+    contests, figure = groups(sweep), sweep.figures[0]
+    winners = Counter(words(sweep.choices, cases[0].values, bare=True) for cases in contests.values())
+    if len(contests) == 1:
+        best = next(iter(contests.values()))[0]
+        if sweep.choices:
+            sentences.append(
+                f"{words(sweep.choices, best.values, bare=True)} has the best {figure.label}: {value_text(figure, best.figures[figure.name])}."
+            )
+        tiles += [Tile(label=f.label, value=value_text(f, best.figures.get(f.name))) for f in sweep.figures[:3]]
+    elif winners and sweep.choices:
+        said = "; ".join(f"{name} under {_count(count, 'condition')}" for name, count in winners.most_common(4))
+        sentences.append(f"The best {figure.label} of {len(contests):,} sets of conditions: {said}.")
+    if failed := sum(case.status == "failed" for case in sweep.cases):
+        cautions.append(f"{failed:,} of {_count(len(sweep.cases), 'case')} failed and are missing from every table.")
 
 
 def _compared(comparison: Comparison, sentences: list[str], tiles: list[Tile], cautions: list[str]) -> None:

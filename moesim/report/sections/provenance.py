@@ -31,7 +31,9 @@ def provenance(document: Document) -> Section:
 
 def notes(document: Document) -> tuple[list[str], list[str]]:
     """Notes of the document and its results, each once: the remarks, and the unverified inputs without their prefix."""
-    every = dict.fromkeys([*document.notes, *(note for result in document.results for note in result.notes)])
+    scaled = document.scaling.notes if document.scaling else []
+    parts = [document.notes, *(part.notes for part in document.results), *(part.notes for part in document.serving), scaled]
+    every = dict.fromkeys(note for part in parts for note in part)
     remarks = [note for note in every if not note.startswith(UNVERIFIED)]
     return remarks, [note.removeprefix(UNVERIFIED) for note in every if note.startswith(UNVERIFIED)]
 
