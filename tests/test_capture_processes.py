@@ -22,6 +22,7 @@ from capture_scripts.tiny import TinyMoE, adapt, tiny_spec, tokens
 
 from moesim import load_trace
 from moesim.capture import capture, routers
+from moesim.capture.rows import RowBuffer
 from moesim.capture.run import run_script
 from moesim.errors import CaptureError, InputError, OutputExists
 from moesim.trace.writer import TraceWriter
@@ -193,13 +194,13 @@ def test_tokens_reach_the_disk_while_the_run_stands_still(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("when_full", ["block", "drop"])
 def test_a_slow_disk_blocks_or_drops_whole_passes_and_counts_them(when_full: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append = TraceWriter.append
+    add = RowBuffer.add
 
-    def slowly(*args: Any, **values: Any) -> None:
+    def slowly(*args: Any) -> None:
         time.sleep(0.02)
-        append(*args, **values)
+        add(*args)
 
-    monkeypatch.setattr(TraceWriter, "append", slowly)
+    monkeypatch.setattr(RowBuffer, "add", slowly)
     model = TinyMoE()
     with capture(model, tmp_path / "t", model_spec=tiny_spec(), when_full=when_full, ring_slots=1) as recorder:
         for step in range(12):
