@@ -119,12 +119,12 @@ plt.show()
 # %% [markdown]
 # ## The report
 #
-# The same as one page to hand on, with the recommendation first: self-contained, readable on paper and on a phone. On a command line:
+# The same as one page to hand on: what to buy, where experts go and, where traffic varies by more than chance and long enough, when to
+# change the size. It is self-contained, readable on paper and on a phone; measurements named beside the study join the page. On a command line:
 #
 # ```sh
 # moesim sweep capacity.toml -o capacity
-# moesim scale requests.csv --trace traces/run1 --cluster h100x8 --slo ttft=2s,tpot=50ms --result scale.json
-# moesim report capacity scale.json -o capacity.html
+# moesim report capacity validation.json -o capacity.html
 # ```
 
 # %%

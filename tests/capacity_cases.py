@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from moesim.sweep.spec import as_spec
 from moesim.trace import Trace
 from tests.sweep_cases import Here
 
+CASES: tuple[dict[str, Any], ...] = ({}, {"traffic": 300.0}, {"traffic": 0.5}, {"skew": 0.5, "skew_domain": "prose"})
 
-def capacity_document(trace: Trace, folder: Path, **grid: Any) -> dict[str, Any]:
+
+def capacity_document(trace: Trace, folder: Path, *, cases: Sequence[dict[str, Any]] = CASES, **grid: Any) -> dict[str, Any]:
     """What `moesim sweep` writes for one deployment or two under four conditions. 1 keeps the objective, as does 2; twice the traffic may not."""
     common = {
         "trace": str(trace.path),
@@ -25,12 +28,27 @@ def capacity_document(trace: Trace, folder: Path, **grid: Any) -> dict[str, Any]
         "max_seqs": 1,
         "prices": {"h100-sxm": 2.5},
     }
-    cases = [{}, {"traffic": 300.0}, {"traffic": 0.5}, {"skew": 0.5, "skew_domain": "prose"}]
-    spec = as_spec({"kind": "capacity", "title": "What to buy", "grid": common | grid, "cases": cases}, root=folder)
+    spec = as_spec({"kind": "capacity", "title": "What to buy", "grid": common | grid, "cases": list(cases)}, root=folder)
     outcome = sweep(spec, folder, Here())
     assert outcome.count("ok") == len(outcome.rows), [row["error"] for row in outcome.rows]
     document: dict[str, Any] = read_json(folder / "result.json", InputError)
     return document
+
+
+def validation() -> dict[str, Any]:
+    """What `moesim validate` writes, in short: one prediction, 10 % too long, on a device that nobody recommends."""
+    errors = {"n": 1, "median_ape": 0.1, "p90_ape": 0.1, "mape": 0.1, "bias": 0.1}
+    case = {"plan": "linear", "layer": 0, "rank": 0, "tokens": 8, "predicted_s": 1.1e-3, "measured_s": 1e-3}
+    part = {"device": "cuda", "backend": "torch", "hardware": {"gpu": "NVIDIA H200"}, "cases": [case], "summary": errors}
+    return {"schema_version": 1, "title": "On an H200", "validation": part}
+
+
+def measured_run(document: dict[str, Any]) -> dict[str, Any]:
+    """What `moesim serve --measured -o` writes: the serving run of a capacity document, 20 % faster than a real engine."""
+    rows = [
+        {"quantity": q, "statistic": s, "simulated_s": 0.08, "measured_s": 0.1, "error": -0.2} for q in ("ttft", "latency") for s in ("mean", "p50")
+    ]
+    return {**document["serving"][0], "schema_version": 1, "kind": "serving", "measured": rows}
 
 
 def served(name: str, attainment: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from moesim.errors import InputError
 from moesim.model import ModelSpec
 from moesim.report import as_document, read_document, render
 from moesim.report.offers import Offers
-from moesim.report.sections import answer, sections
+from moesim.report.sections import answer, articles, sections
 from moesim.report.sections.capacity import headroom, offering
 from moesim.report.sections.serving import coarse
 from moesim.report.sections.sweep import groups
+from moesim.serving import Arrivals
+from moesim.serving.opening import open_arrivals
+from moesim.sweep.closer import MOST_INTERVALS, MOST_REQUESTS, dealt, interval_of, scaled, varies
+from moesim.sweep.kinds.capacity import CapacityFields
 from moesim.trace import Trace, TraceWriter, load_trace
-from tests.capacity_cases import capacity_document, scaling_result
+from tests.capacity_cases import capacity_document, measured_run, scaling_result, validation
 from tests.conftest import clustered_routing, tiny_model
 
 NBSP = "\N{NO-BREAK SPACE}"
@@ -57,8 +62,10 @@ def test_the_recommendation_is_the_cheapest_deployment_that_keeps_the_objective(
     assert offers.paid(offers.chosen) == min(map(offers.paid, keeping)) == 20.0
     said = answer(parsed)
     assert said.sentences[0].startswith("Buy 1 × h100x8 ($20.00 an hour): the cheapest of 2 that keep the objective")
-    assert any("Place experts" in sentence for sentence in said.sentences)
-    assert any("nothing in this document was measured" in caution for caution in said.cautions)
+    placing = next(sentence for sentence in said.sentences if "Place experts" in sentence)
+    assert "on tokens it has not seen" in placing
+    assert "than by eplb" in placing
+    assert any("No measurement backs this page" in caution for caution in said.cautions)
     assert [tile.value for tile in said.tiles][0] == "$20.00"
 
 
@@ -90,7 +97,8 @@ def test_without_a_keeper_nothing_is_recommended_and_without_prices_devices_are_
 def test_a_capacity_page_has_every_part_of_the_answer(document: dict[str, Any]) -> None:
     parsed = as_document(document, place="d")
     keys = [section.key for section in sections(parsed)]
-    assert keys == ["capacity", "what-if", "serving", "results", "sweep", "limits", "provenance"]
+    assert keys == ["capacity", "what-if", "comparison", "serving", "results", "sweep", "limits", "provenance"]
+    assert any("No scaling was planned: a change of size takes" in sentence for sentence in answer(parsed).sentences)
     page = render([parsed])
     for text in (
         "What to buy",
@@ -167,3 +175,116 @@ def test_coarse_lines_are_short_and_keep_their_range(values: list[float], most: 
     assert bool(found) == bool(values)
     if values:
         assert min(values) - 1e-6 <= min(found) <= max(found) <= max(values) + 1e-6
+
+
+def test_measurements_join_the_page_they_back_and_without_them_it_says_so(document: dict[str, Any]) -> None:
+    parsed = as_document(document, place="d")
+    backing = [as_document(validation(), place="v"), as_document(measured_run(document), place="r")]
+    found = articles([backing[0], parsed, backing[1]])
+    assert [article.document for article in found] == [parsed]
+    assert list(found[0].evidence) == backing
+    said = answer(parsed, backing)
+    assert not any("No measurement backs" in caution for caution in said.cautions)
+    assert any("Measured on cuda (NVIDIA H200), not on the recommended h100-sxm" in caution for caution in said.cautions)
+    assert any(f"off by 10.0{NBSP}% in the median" in sentence for sentence in said.sentences)
+    assert any(f"median first token −20.0{NBSP}%" in sentence for sentence in said.sentences)
+    keys = [section.key for section in sections(parsed, backing)]
+    assert len(set(keys)) == len(keys)
+    assert [key for key in keys if key[-2:] in ("-1", "-2")] == ["validation-1", "provenance-1", "measured-2", "provenance-2"]
+    page = render([parsed, *backing])
+    assert page.count("<article") == 1
+    assert "Prediction against measurement: On an H200" in page
+    assert 'id="d1-measured-2"' in page
+    assert "No measurement backs this page" in render([parsed])
+
+
+def test_measurements_without_a_page_to_back_stand_alone(document: dict[str, Any]) -> None:
+    alone = [as_document(validation(), place="v"), as_document(measured_run(document), place="r"), as_document(scaling_result(), place="s")]
+    assert [article.evidence for article in articles(alone)] == [(), (), ()]
+    assert [section.key for section in sections(alone[1])] == ["serving", "measured", "provenance"]
+
+
+def test_the_recommended_hardware_is_known_by_its_name(document: dict[str, Any]) -> None:
+    def same(d: dict[str, Any]) -> None:
+        d["validation"]["hardware"]["gpu"] = "NVIDIA H100 80GB HBM3"
+
+    parsed = as_document(document, place="d")
+    assert not any("not on the recommended" in caution for caution in answer(parsed, [changed(validation(), same)]).cautions)
+
+
+@pytest.fixture(scope="module")
+def swinging(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A capacity document whose traffic swings so far that the size should follow."""
+    return capacity_document(
+        trace,
+        tmp_path_factory.mktemp("swinging") / "out",
+        arrivals="diurnal:rate=40,span=60s,swing=1,period_s=60s,peak_s=30s,prompt=100,output=10",
+        cases=[{}],
+        replicas=2,
+        max_batch_tokens=1024,
+        cluster="h100x8",
+    )
+
+
+def test_one_page_says_what_to_buy_how_to_place_and_when_to_scale(swinging: dict[str, Any]) -> None:
+    parsed = as_document(swinging, place="d")
+    assert parsed.capacity is not None
+    assert parsed.scaling is not None
+    assert parsed.capacity.unscaled == ""
+    assert parsed.scaling.instances == 2
+    said = answer(parsed).sentences
+    order = [next(i for i, sentence in enumerate(said) if sentence.startswith(word)) for word in ("Buy", "Place experts", "Scale between")]
+    assert order == sorted(order)
+    assert "in each of 2 instances" in said[order[2]]
+    keys = [section.key for section in sections(parsed)]
+    assert keys.index("capacity") < keys.index("scaling") < keys.index("comparison") < keys.index("provenance")
+    seen = parsed.scaling.event
+    assert seen is not None
+    assert seen.start_s <= seen.at_s < seen.at_s + seen.seconds < seen.start_s + seen.bin_s * len(seen.waiting)
+    assert min(seen.waiting + seen.running) >= 0
+    page = render([parsed])
+    assert "closely" in page
+    assert f"{seen.after} devices serve from" in page
+
+
+@given(st.floats(1.0, 1e6), st.floats(0.0, 1e3))
+def test_an_interval_holds_the_longest_change_and_there_are_few_of_them(span_s: float, longest_s: float) -> None:
+    interval_s = interval_of(span_s, longest_s)
+    assert interval_s >= longest_s
+    assert span_s / interval_s <= MOST_INTERVALS + 1e-9
+
+
+@pytest.mark.parametrize(("process", "expected"), [("poisson:rate=20,span=300s", False), ("diurnal:rate=20,span=300s,swing=0.8,period_s=300s", True)])
+def test_traffic_varies_where_chance_does_not_explain_it(process: str, expected: bool) -> None:
+    told = [varies(open_arrivals(f"{process},prompt=10,output=2", seed=seed), 10.0) for seed in range(20)]
+    assert told == [expected] * 20
+
+
+@given(st.integers(1, 40), st.integers(1, 5))
+def test_dealt_requests_are_every_so_many_th(requests: int, instances: int) -> None:
+    whole = Arrivals(arrival_s_R=np.arange(requests, dtype=float), prompt_R=np.ones(requests, np.int64), output_R=np.ones(requests, np.int64))
+    mine = dealt(whole, instances)
+    assert mine.arrival_s_R.tolist() == list(range(0, requests, instances))
+    assert len(mine) == -(-requests // instances)
+
+
+def test_arrivals_beyond_the_bound_and_split_prompts_are_skipped_with_the_reason() -> None:
+    common = {"slo": "ttft=1s", "cluster": "h100x8", "model": "qwen3-30b-a3b"}
+    many = CapacityFields(arrivals=f"poisson:rate={MOST_REQUESTS},span=2s,prompt=10,output=2", **common)
+    assert scaled(many)[0] is None
+    assert "run `moesim scale`" in scaled(many)[1]
+    split = CapacityFields(arrivals="poisson:rate=10,span=2s,prompt=10,output=2", prefill=1, **common)
+    assert "instances of their own" in scaled(split)[1]
+
+
+def test_the_command_joins_a_study_and_its_measurement(moesim: Callable[..., tuple[int, str, str]], document: dict[str, Any], tmp_path: Path) -> None:
+    for name, data in (("study/result.json", document), ("validation.json", validation())):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(data))
+    code, out, err = moesim("report", tmp_path / "study", tmp_path / "validation.json", "-o", tmp_path / "page.html", "--json")
+    assert code == 0, err
+    listed = json.loads(out)["documents"]
+    assert [part["sections"][0] for part in listed] == ["capacity", "validation"]
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<article") == 1
+    assert "Prediction against measurement" in page

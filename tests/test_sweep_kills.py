@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -15,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from moesim.model import ModelSpec
 from moesim.sweep import load_spec, results
+from moesim.sweep.crew import ATTEMPTS
 from moesim.sweep.journal import PARTS, read_rows
-from moesim.trace import Trace
-from tests.conftest import clustered_routing
+from moesim.trace import TraceStats, TraceWriter, load_trace
+from tests.conftest import clustered_routing, tiny_model
 from tests.sweep_cases import Here
 
 CASES = 160
@@ -27,25 +28,25 @@ MAIN = "from moesim.cli import main; main()"
 PATIENCE_S = 90.0  # on a machine that others use, too
 
 
-@pytest.fixture
-def spec(make_trace: Callable[..., Trace], model: ModelSpec, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Many small cases, no two with the same answer."""
-    trace = make_trace(model, clustered_routing(model, 600))
-    file = tmp_path / "s.toml"
+    model, folder = tiny_model(), tmp_path_factory.mktemp("kills")
+    with TraceWriter(folder / "trace", model, top_k=2, weights=False) as writer:
+        writer.append(clustered_routing(model, 600))
+    file = folder / "s.toml"
     sizes = list(range(1, CASES // 2 + 1))
-    file.write_text(
-        f'kind = "simulate"\n[grid]\ntrace = "{trace.path}"\ncluster = "h100x8"\nsolver = ["linear", "eplb"]\ntokens_per_device = {sizes}\n'
-    )
+    file.write_text(f'kind = "simulate"\n[grid]\ntrace = "trace"\ncluster = "h100x8"\nsolver = ["linear", "eplb"]\ntokens_per_device = {sizes}\n')
     return file
 
 
-@pytest.fixture
-def expected(spec: Path, tmp_path: Path) -> bytes:
+@pytest.fixture(scope="module")
+def expected(spec: Path) -> bytes:
     """The table of the same sweep in one process, undisturbed."""
     from moesim.sweep import sweep
 
-    sweep(load_spec(spec), tmp_path / "undisturbed", Here())
-    return (tmp_path / "undisturbed" / "results.csv").read_bytes()
+    sweep(load_spec(spec), spec.parent / "undisturbed", Here())
+    return (spec.parent / "undisturbed" / "results.csv").read_bytes()
 
 
 class Running:
@@ -79,17 +80,18 @@ class Running:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that work for `pid`, without the resource tracker of multiprocessing."""
-    found = []
+    """Processes that work for `pid`, oldest first, without the resource tracker of multiprocessing."""
+    found: list[tuple[int, int]] = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+            parent, began = int(stat[1]), int(stat[19])
             command = (folder / "cmdline").read_text()
         except (OSError, IndexError, ValueError):
             continue
         if parent == pid and "spawn_main" in command:
-            found.append(int(folder.name))
-    return found
+            found.append((began, int(folder.name)))
+    return [number for _, number in sorted(found)]
 
 
 def whole(out: Path, expected: bytes) -> None:
@@ -107,9 +109,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="fi
 
 
 @needs_proc
-def test_a_sweep_killed_five_times_and_its_workers_nine_times_ends_as_if_nothing_had_happened(spec: Path, expected: bytes, tmp_path: Path) -> None:
+def test_a_sweep_killed_three_times_and_its_workers_four_times_ends_as_if_nothing_had_happened(spec: Path, expected: bytes, tmp_path: Path) -> None:
     luck, out, orphans = random.Random(0), tmp_path / "out", []
-    for kill in range(5):
+    for kill in range(3):
         sweep = Running(spec, out, "--workers", 2)
         assert sweep.until(sweep.rows() + 1 + luck.randrange(10)), "the sweep was done before it could be killed; give it more cases"
         orphans += children(sweep.process.pid)
@@ -117,11 +119,10 @@ def test_a_sweep_killed_five_times_and_its_workers_nine_times_ends_as_if_nothing
         sweep.kill()
         assert sweep.rows() < CASES, kill
     sweep = Running(spec, out, "--workers", 2)
-    for _ in range(9):
+    for _ in range(2 * (ATTEMPTS - 1)):  # the oldest each time, so in turn: no case loses more workers than it may
         assert sweep.until(sweep.rows() + 1 + luck.randrange(4))
-        victims = children(sweep.process.pid)
         time.sleep(luck.random() * 0.02)
-        os.kill(luck.choice(victims), signal.SIGKILL)
+        os.kill(children(sweep.process.pid)[0], signal.SIGKILL)
     sweep.finish()
     whole(out, expected)
     end = time.monotonic() + PATIENCE_S
@@ -171,13 +172,13 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         running.stop()
 
 
-def test_a_dask_cluster_whose_workers_are_killed_six_times_finds_the_same(spec: Path, expected: bytes, tmp_path: Path, cluster: Cluster) -> None:
+def test_a_dask_cluster_whose_workers_are_killed_three_times_finds_the_same(spec: Path, expected: bytes, tmp_path: Path, cluster: Cluster) -> None:
     luck, out = random.Random(1), tmp_path / "out"
     sweep = Running(spec, out, "--scheduler", cluster.address)
     assert sweep.until(3)
     sweep.kill()
     sweep = Running(spec, out, "--scheduler", cluster.address)
-    for kill in range(6):
+    for kill in range(3):
         assert sweep.until(sweep.rows() + 2 + luck.randrange(4))
         cluster.kill_worker(kill % 2)
     sweep.finish()
@@ -194,3 +195,16 @@ def test_a_scheduler_that_is_not_there_is_said_before_anything_is_written(
     assert code == 2
     assert "does not answer" in err
     assert not list((tmp_path / "out").glob(PARTS))
+
+
+def test_a_dask_cluster_counts_a_trace_part_by_part_as_one_process_does(moesim: Callable[..., tuple[int, str, str]], cluster: Cluster) -> None:
+    trace = Path(__file__).resolve().parents[1] / "traces" / "qwen3-moe-8x64" / "held-out"
+    code, out, err = moesim("inspect", trace, "--scheduler", cluster.address, "--json")
+    assert code == 0, err
+    counted, stats = json.loads(out), TraceStats.of(load_trace(trace))
+    assert counted["tokens"] == stats.tokens
+    assert counted["load"] == stats.load_LE.tolist()
+    assert counted["affinity_bits"] == pytest.approx(stats.affinity_bits.tolist(), abs=1e-12)
+    code, _, err = moesim("inspect", trace, "--scheduler", cluster.address, "--tokens", "0:100")
+    assert code == 2
+    assert "cannot be counted part by part" in err

@@ -83,7 +83,7 @@ def run(
     from moesim.plan import load_plan
     from moesim.serving import Deployment, Routing, Slo, parse_layout
     from moesim.serving.opening import open_arrivals, seconds
-    from moesim.serving.sizes import Sizes
+    from moesim.serving.sizes import Sizes, halves
     from moesim.serving.transitions import METHODS
     from moesim.trace import TraceStats
 
@@ -162,14 +162,6 @@ def run(
     note(*(f"note: {line}" for line in found.notes))
     if output:
         print(f"wrote {output}")
-
-
-def halves(devices: int, tp: int) -> list[int]:
-    """The cluster's devices, halved as long as whole ranks remain: at most four sizes."""
-    found = [devices]
-    while len(found) < 4 and found[-1] % 2 == 0 and found[-1] // 2 % tp == 0:
-        found.append(found[-1] // 2)
-    return found[::-1]
 
 
 def _failure(text: str) -> tuple[float, int]:

@@ -13,7 +13,7 @@ from moesim.files import write_text
 from moesim.report.blocks import Drawing
 from moesim.report.documents import as_document
 from moesim.report.schema import Document
-from moesim.report.sections import answer, sections, together
+from moesim.report.sections import answer, articles, sections, together
 from moesim.report.svg import inline_svg
 
 # Characters that no HTML or UTF-8 file may hold: controls, and halves of surrogate pairs.
@@ -45,14 +45,24 @@ def render(documents: Sequence[Document], *, title: str | None = None) -> str:
     def svg(drawing: Drawing) -> Markup:
         return Markup(inline_svg(drawing, key=f"figure{next(numbers)}"))  # made by our own serialiser: texts are escaped there
 
-    headings = [heading(document) for document in documents]
+    parts = articles(documents)
+    headings = [heading(part.document) for part in parts]
     shared = [section for section in (together(documents),) if section is not None]
     page = template.render(
         title=title or (headings[0] if len(headings) == 1 else "moesim report"),
         style=Markup((room / "style.css").read_text("utf-8")),
         documents=[
-            {"key": f"d{i}", "heading": name, "answer": answer(document), "sections": [*(shared if i == 1 else []), *sections(document)]}
-            for i, (name, document) in enumerate(zip(headings, documents, strict=True), 1)
+            {
+                "key": f"d{i}",
+                "heading": name,
+                "answer": answer(part.document, part.evidence),
+                "sections": [
+                    *(shared if i == 1 and not part.evidence else []),
+                    *sections(part.document, part.evidence),
+                    *(shared if part.evidence else []),
+                ],
+            }
+            for i, (name, part) in enumerate(zip(headings, parts, strict=True), 1)
         ],
         svg=svg,
     )

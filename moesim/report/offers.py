@@ -36,6 +36,7 @@ class Offers:
 def draw_offers(ax: Axes, *, offers: Offers) -> Axes:
     """A numbered mark per offer, hollow where the objective is missed, a ring around the chosen one; steps join the frontier."""
     front = offers.frontier()
+    low = max(0.0, 1 - 1.3 * (1 - min(offers.share, *offers.kept)))  # high shares are read where they differ
     x, y = [offers.paid[i] for i in front], [offers.kept[i] for i in front]
     ax.step([*x, max(offers.paid) * 1.08], [*y, y[-1]], where="post", color=LINE, linewidth=1.4, zorder=1)
     ax.axhline(offers.share, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -44,9 +45,12 @@ def draw_offers(ax: Axes, *, offers: Offers) -> Axes:
         ax.plot(paid, kept, "o" if good else "X", color=colour, markerfacecolor=colour if good else "none", markersize=7, zorder=3)
         if i == offers.chosen:
             ax.plot(paid, kept, "o", markersize=15, markerfacecolor="none", color=BLUE, markeredgewidth=1.6, zorder=4)
-        ax.annotate(str(i + 1), (paid, kept), xytext=(0, 9 if kept < 0.5 else -17), textcoords="offset points", ha="center", fontsize=9, color=INK)
+        ax.annotate(
+            str(i + 1), (paid, kept), xytext=(0, -17 if kept > (1 + low) / 2 else 9), textcoords="offset points", ha="center", fontsize=9, color=INK
+        )
     ax.set_xlim(0, max(offers.paid) * 1.08 or 1)
-    ax.set_ylim(-0.04, 1.06)
+    room = 0.06 * (1 - low) or 0.01
+    ax.set_ylim(low - room, 1 + room)
     human_axis(ax.yaxis, "%")
     ax.set_xlabel(offers.xlabel)
     ax.set_ylabel("keep the objective")

@@ -54,7 +54,8 @@ class SweepPart(Part):
 class CapacityPart(Part):
     """Which deployment to buy: the sweep's cases under `baseline` conditions, the cheapest that keeps the SLO among them.
 
-    `rate_per_s` are requests per second in intervals of `rate_bin_s`.
+    `rate_per_s` are requests per second in intervals of `rate_bin_s`. `devices` are those of the chosen deployment, `placed_by` the plan of its
+    experts among those compared, `unscaled` why no scaling was planned for it.
     """
 
     slo: str
@@ -68,6 +69,9 @@ class CapacityPart(Part):
     rate_per_s: list[float]
     prompt_tokens: float
     output_tokens: float
+    devices: list[str] = []
+    placed_by: str | None = None
+    unscaled: str = ""
 
 
 class SeriesPart(Part):
@@ -113,14 +117,25 @@ class TurnPart(Part):
     kind: str = ""
 
 
+class AgainstPart(Part):
+    """A statistic of a quantity (ttft, tpot, latency), simulated and as a real engine had it; error = simulated / measured - 1."""
+
+    quantity: str
+    statistic: str
+    simulated_s: float
+    measured_s: float
+    error: float
+
+
 class ServingPart(Part):
-    """`moesim.serving.ServingResult.to_dict()`."""
+    """`moesim.serving.ServingResult.to_dict()`, and how a real engine served the same requests, where that was measured."""
 
     summary: ServedPart
     slo: dict[str, float | None] | None = None
     step_parts_s: dict[str, float] = {}
     series: SeriesPart
     changes: list[TurnPart] = []
+    measured: list[AgainstPart] = []
     notes: list[str] = []
     inputs: dict[str, JsonValue] = {}
 
@@ -147,6 +162,23 @@ class ResizingPart(Part):
     down_s: float = 0.0
     moved_B: float = 0.0
     loaded_B: float = 0.0
+
+
+class EventPart(ResizingPart):
+    """A change of size as it was served, in intervals of `bin_s` from `start_s`; `slowest_first_s` of the requests that arrive in each."""
+
+    start_s: float
+    bin_s: float = Field(gt=0)
+    waiting: list[float] = Field(min_length=1)
+    running: list[float]
+    slowest_first_s: list[float | None]
+    limit_s: float | None = None
+
+    @model_validator(mode="after")
+    def _lengths(self) -> EventPart:
+        if len({len(self.waiting), len(self.running), len(self.slowest_first_s)}) > 1:
+            raise ValueError("waiting, running and slowest_first_s differ in length")
+        return self
 
 
 class ScalingPlanPart(Part):
@@ -177,11 +209,13 @@ class OutlookPart(Part):
 
 
 class ScalingPart(Part):
-    """`moesim.optimize.scale.Scaling.to_dict()`."""
+    """`moesim.optimize.scale.Scaling.to_dict()`; of each of `instances`, where there are several."""
 
     plan: ScalingPlanPart
     currency: str
     solvers: dict[str, BillPart]
     timeline: list[IntervalPart] = Field(min_length=1)
     outlooks: list[OutlookPart] = []
+    instances: int = Field(default=1, ge=1)
+    event: EventPart | None = None
     notes: list[str] = []

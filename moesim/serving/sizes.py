@@ -144,6 +144,14 @@ class Sizes:
         return tuple(change for resizing in plan.changes for change in change_of(resizing, self.deployment(resizing.after)))
 
 
+def halves(devices: int, tp: int) -> list[int]:
+    """The cluster's devices, halved as long as whole ranks remain: at most four sizes."""
+    found = [devices]
+    while len(found) < 4 and found[-1] % 2 == 0 and found[-1] // 2 % tp == 0:
+        found.append(found[-1] // 2)
+    return found[::-1]
+
+
 def change_of(resizing: Resizing, to: Deployment) -> tuple[Change, ...]:
     """What `serve` must do for one resizing: hold back intake until the new size takes over, or go down at once, or just go over."""
     kind = "scale-up" if resizing.after > resizing.before else "scale-down"

@@ -10,6 +10,7 @@ journal.py   rows on disk, durable and checked
 run.py       the sweep itself: what is missing is done, and kept
 table.py     rows as a table and as a report's document
 conclude.py  what follows from the cases of a capacity sweep
+closer.py    a closer look at the deployment it chose
 stats.py     statistics of a large trace by the same crews
 """
 

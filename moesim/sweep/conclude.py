@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesim.sweep import shelf
+from moesim.sweep.closer import one_step, placements, scaled
 from moesim.sweep.kinds.base import Kind
 from moesim.sweep.kinds.capacity import CapacityFields, deployment_of, requests_of, served
 
 Row = Mapping[str, Any]
 NEUTRAL = {"traffic": 1.0, "bandwidth": 1.0, "skew": None}  # conditions as they are, where a spec has them
 RATE_BINS = 120
-TOKENS_PER_DEVICE = 4096  # of the step in which load and traffic are shown
+IN_ORDER = "linear"  # the solver that places experts as a deployment without one has them
 
 
 def conclude(kind: Kind, rows: Sequence[Row]) -> dict[str, Any]:
-    """Parts of a document: `capacity`, and of the chosen deployment how it serves and the load and traffic of its devices.
+    """Parts of a document: `capacity`, and of the chosen deployment how it serves, the load and traffic of its devices, its way of
+    placing experts against others, and its size over time.
 
     Chosen is, under conditions as they are, the cheapest that keeps the SLO (the fewest devices, where prices are not known).
     """
@@ -35,6 +37,8 @@ def conclude(kind: Kind, rows: Sequence[Row]) -> dict[str, Any]:
     requests = requests_of(fields)
     bin_s = max(1e-9, requests.span_s / RATE_BINS)
     slo = Slo.parse(fields.slo)
+    compared, remarks = placements(fields)
+    scaling, unscaled = scaled(fields) if chosen else (None, "no deployment keeps the objective")
     return {
         "capacity": {
             "slo": str(slo),
@@ -48,9 +52,15 @@ def conclude(kind: Kind, rows: Sequence[Row]) -> dict[str, Any]:
             "rate_per_s": requests.per_second(bin_s).tolist(),
             "prompt_tokens": float(requests.prompt_R.mean()),
             "output_tokens": float(requests.output_R.mean()),
+            "devices": list(dict.fromkeys(device.name for device in deployment_of(fields).cluster.devices)),
+            "placed_by": fields.solver or (shelf.plan_at(fields.plan).name if fields.plan else IN_ORDER),
+            "unscaled": unscaled,
         },
         "serving": [served(fields).to_dict(requests=False)],
-        "results": _closer(fields),
+        "results": one_step(fields),
+        "comparison": compared,
+        "scaling": scaling,
+        "notes": remarks,
     }
 
 
@@ -63,16 +73,3 @@ def baseline_of(kind: Kind, rows: Sequence[Row]) -> dict[str, Any]:
         neutral = NEUTRAL.get(name, first[name])
         found[name] = neutral if any(row["fields"][name] == neutral for row in rows) else first[name]
     return found
-
-
-def _closer(fields: CapacityFields) -> list[dict[str, Any]]:
-    """One simulated step of the deployment's placement, where a trace says what its tokens choose."""
-    from moesim.plan import Plan
-    from moesim.sim import simulate
-
-    if fields.trace is None:
-        return []
-    where = deployment_of(fields)
-    trace = shelf.selected(fields.trace, fields.domain, fields.phase, ":")
-    plan = Plan(name=where.name, model=where.model.name, model_digest=where.model.digest, placement=where.experts)
-    return [simulate(trace, plan, where.cluster, tokens_per_device=TOKENS_PER_DEVICE, cost=where.costs).to_dict()]

@@ -55,6 +55,7 @@ def sweep(spec: Spec, folder: str | Path, crew: Crew, *, progress: Progress = la
                 failures += row["status"] == "failed"
                 progress(len(done) / len(wanted), f"{len(done):,} of {len(wanted):,}" + (f", {failures:,} failed" if failures else ""))
         rows = tuple(done[id_] for id_ in wanted)
+        progress(1.0, "concluding")
         write_text(where / RESULTS, frame(rows).to_csv(index=False))
         write_json(where / DOCUMENT, document(spec, rows, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")))
     return Outcome(rows=rows, kept=kept, damaged=tuple(damaged))

@@ -59,7 +59,7 @@ def concluded(kind: Kind, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def document(spec: Spec, rows: Sequence[Mapping[str, Any]], created: str) -> dict[str, Any]:
     """Document of a finished sweep for `moesim report`."""
-    kind = KINDS[spec.kind]
+    kind, found = KINDS[spec.kind], concluded(KINDS[spec.kind], rows)
     common = {name: value for name, value in spec.cases[0].fields.items() if name not in spec.axes and value is not None}
     return {
         "schema_version": 1,
@@ -83,6 +83,6 @@ def document(spec: Spec, rows: Sequence[Mapping[str, Any]], created: str) -> dic
                 for row in rows
             ],
         },
-        **concluded(kind, rows),
-        "notes": list(dict.fromkeys(note for row in rows for note in row["notes"])),
+        **found,
+        "notes": list(dict.fromkeys([*found.get("notes", ()), *(note for row in rows for note in row["notes"])])),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from moesim.report.blocks import Answer, Tile, change
 from moesim.report.measured_parts import Validation
@@ -11,18 +11,19 @@ from moesim.report.parts import SweepPart
 from moesim.report.schema import Comparison, Document, ResultPart, ScoredPart, Summary
 from moesim.report.sections.caching import kept
 from moesim.report.sections.comparison import BASELINE, baseline, strongest
-from moesim.report.sections.recommend import buy, scale, served
+from moesim.report.sections.evidence import runs_of, worst
+from moesim.report.sections.recommend import buy, elsewhere, scale, served
 from moesim.report.sections.sweep import groups, value_text, words
 from moesim.report.text import percent, quantity, sentence
 
 
-def answer(document: Document) -> Answer:
-    """The answer of a document. Says only what its sections hold."""
+def answer(document: Document, evidence: Sequence[Document] = ()) -> Answer:
+    """The answer of a document, and of the documents of measurements that back it. Says only what their sections hold."""
     sentences: list[str] = []
     tiles: list[Tile] = []
     cautions: list[str] = []
     if document.capacity and document.sweep:
-        buy(document, document.capacity, document.sweep, sentences, tiles, cautions)
+        buy(document, document.capacity, document.sweep, sentences, tiles, cautions, backed=bool(evidence))
     elif document.sweep:
         _swept(document.sweep, sentences, tiles, cautions)
     elif document.serving:
@@ -31,15 +32,19 @@ def answer(document: Document) -> Answer:
         scale(document.scaling, sentences, tiles, cautions)
     if document.caching:
         kept(document.caching, sentences, tiles, cautions)
-    if document.comparison:
+    if document.comparison and not document.capacity:
         _compared(document.comparison, sentences, tiles, cautions)
     elif document.results and not document.capacity:
         _simulated(document.results, sentences, tiles)
-    elif document.inspection:
+    elif document.inspection and not document.capacity:
         skew = document.inspection.skew
         tiles.append(Tile(label="hottest expert over the mean", value=f"{sum(skew) / len(skew):.2f}×", detail=f"worst layer {max(skew):.2f}×"))
-    if document.validation:
-        _validated(document.validation, sentences, tiles, cautions)
+    for each in (document, *evidence):
+        if each.validation:
+            _validated(each.validation, sentences, tiles, cautions)
+        sentences += [worst(run) for run in runs_of(each)]
+    if evidence and document.capacity:
+        cautions += elsewhere(document.capacity, evidence)
     return Answer(ran=ran(document), sentences=sentences, tiles=tiles, cautions=cautions)
 
 
@@ -59,7 +64,7 @@ def ran(document: Document) -> str:
         said.append(
             f"{_count(len(w.cases), 'case')} of {w.kind!r} {_was(len(w.cases))} run, differing in {', '.join(w.axes).replace('_', ' ') or 'nothing'}."
         )
-    if c := document.comparison:
+    if (c := document.comparison) and not document.capacity:
         plans = {plan.name for part in c.scored_on for plan in part.plans}
         where = c.cluster_title or c.cluster
         said.append(

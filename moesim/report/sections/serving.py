@@ -7,7 +7,7 @@ from functools import partial
 from moesim.report.blocks import Block, Drawing, Facts, Gallery, Group, Section, Table, cells, column
 from moesim.report.curves import Curves, draw_curves
 from moesim.report.offers import Load, draw_load
-from moesim.report.parts import ScalingPart, ServedPart, ServingPart
+from moesim.report.parts import EventPart, ScalingPart, ServedPart, ServingPart
 from moesim.report.schema import Document
 from moesim.report.text import duration, percent, quantity
 
@@ -56,7 +56,11 @@ def scaling(document: Document) -> Section | None:
         if len(sizes) > 1
         else f"Plan {plan.name}: {sizes[0]} devices throughout."
     )
+    if part.instances > 1:
+        lead += f" It is the plan of each of {part.instances} instances, for its share of the requests."
     blocks: list[Block] = [Gallery(drawings=[_size(part)])]
+    if part.event:
+        blocks.append(_event(part.event))
     if plan.changes:
         rows = [
             cells(duration(c.at_s), f"{c.before} → {c.after}", c.method, quantity(c.seconds, "s"), quantity(c.pause_s + c.down_s, "s"),
@@ -69,6 +73,35 @@ def scaling(document: Document) -> Section | None:
     if part.outlooks:
         blocks.append(latencies("The plan served as it is, and what if", [(outlook.case, outlook.served) for outlook in part.outlooks]))
     return Section(key="scaling", title="When to scale", lead=lead, blocks=blocks)
+
+
+def _event(event: EventPart) -> Gallery:
+    """One change of size closely: who runs and waits, and how long the slowest first token took. Time counts from the order."""
+    x = [event.start_s + (i + 0.5) * event.bin_s - event.at_s for i in range(len(event.waiting))]
+    ready = f"ordered at 0, {event.after} devices serve from {quantity(event.seconds, 's')} on (dashed)"
+    slowest = max((value for value in event.slowest_first_s if value is not None), default=0.0)
+    lines = Curves(x=x, y=[event.running, event.waiting], names=["running", "waiting"], xlabel="seconds from the order", marks=[0.0, event.seconds])
+    first = Curves(
+        x=x, y=[event.slowest_first_s], names=["first token"], xlabel="seconds from the order", unit="s", limit=event.limit_s,
+        marks=[0.0, event.seconds],
+    )  # fmt: skip
+    return Gallery(
+        heading=f"The change from {event.before} to {event.after} devices at {duration(event.at_s)}, closely",
+        drawings=[
+            Drawing(
+                caption=f"Requests; {ready}",
+                alt=f"Lines over {x[-1] - x[0]:.3g} seconds: running up to {max(event.running):,.0f}, waiting up to {max(event.waiting):,.0f}.",
+                draw=partial(draw_curves, curves=lines),
+                width=470,
+            ),
+            Drawing(
+                caption="Slowest first token, by when requests arrive" + ("; the line is the limit" if event.limit_s else ""),
+                alt=f"Line over {x[-1] - x[0]:.3g} seconds, up to {slowest:.3g} s.",
+                draw=partial(draw_curves, curves=first),
+                width=470,
+            ),
+        ],
+    )
 
 
 def _bills(part: ScalingPart) -> Table:

@@ -102,7 +102,13 @@ def serve_case(fields: CapacityFields) -> Found:
                                             "utilisation", "output_token_J", "cost", "cost_per_million_output_tokens")},
         **{f"step_{name}_s": seconds / max(1, result.steps) for name, seconds in result.step_parts_s.items()},
     }  # fmt: skip
-    return Found(figures=figures, notes=result.notes)
+    notes = list(result.notes)
+    if price is None and fields.prices:
+        there = ", ".join(sorted({device.name for device in deployment.cluster.devices}))
+        notes.insert(
+            0, f"{deployment.cluster.name}: its devices are {there}, prices are given for {', '.join(sorted(fields.prices))}; it has no price"
+        )
+    return Found(figures=figures, notes=notes)
 
 
 def served(fields: CapacityFields) -> ServingResult:
@@ -152,7 +158,7 @@ def _instance(key: str) -> Deployment:
         max_batch_tokens=fields.max_batch_tokens,
         exchange=fields.exchange,
         price_per_hour=next(iter(priced), None),
-    ).prepared(_routing(fields), seed=fields.seed)
+    ).prepared(routing_of(fields), seed=fields.seed)
 
 
 def _placed(fields: CapacityFields) -> Any:
@@ -168,7 +174,8 @@ def _placed(fields: CapacityFields) -> Any:
     return plan
 
 
-def _routing(fields: CapacityFields) -> Routing | None:
+def routing_of(fields: CapacityFields) -> Routing | None:
+    """Which experts the tokens of a case choose; None without a trace."""
     from moesim.serving import Routing
 
     if fields.trace is None:
