@@ -122,7 +122,7 @@ def test_paths_and_uses_add_up_for_every_system(routed: Trace, system: str, cont
     if SYSTEMS[system].residency:  # one of them copies from an SSD
         cluster = replace(cluster, host_G=(load_hosts()["workstation"],) * 32)
     for mode in ("decode", "training"):
-        if mode == "training" and (SYSTEMS[system].ring or SYSTEMS[system].residency):
+        if mode == "training" and (SYSTEMS[system].ring or SYSTEMS[system].residency or SYSTEMS[system].schedule.batches > 1):
             continue
         event = simulate_event(routed, plan_of(MODEL, 32), cluster, tokens_per_device=8, system=system, mode=mode, contention=contention)  # type: ignore[arg-type]
         assert sum(event.critical_path_s.values()) == pytest.approx(event.step_s_S.sum(), rel=1e-9)
@@ -223,6 +223,44 @@ def test_the_timeline_is_a_chrome_trace_without_overlaps_on_a_track(routed: Trac
         assert all(b[0] >= a[1] - 1e-3 for a, b in itertools.pairwise(mine))
     assert max(e["ts"] + e["dur"] for e in slices) == pytest.approx(event.step_s_S.sum() * 1e6, rel=1e-6)
     assert not list(tmp_path.glob(".*")), "no temporary file stays"
+
+
+def test_the_timeline_obeys_the_rules_that_viewers_enforce(routed: Trace, tmp_path: Path) -> None:
+    """Trace Event Format (Google, 2016): what a slice and a name must hold, and slices of one thread nest or are apart."""
+    system = replace(SYSTEMS["fsmoe"], exchange=Exchange(transports=("nccl",), sm_share=0.1))
+    simulate_event(
+        routed, plan_of(MODEL, 8), load_cluster("h100x8"), tokens_per_device=32, system=system, mode="training", timeline=tmp_path / "t.json.gz"
+    )
+    data = json.loads(gzip.decompress((tmp_path / "t.json.gz").read_bytes()))
+    assert data["displayTimeUnit"] in ("ms", "ns")
+    assert isinstance(data["otherData"], dict)
+    named: set[tuple[int, int]] = set()
+    tracks: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for event in data["traceEvents"]:
+        assert event["ph"] in ("X", "M")
+        assert type(event["pid"]) is int
+        assert isinstance(event["args"], dict)
+        if event["ph"] == "M":
+            assert event["name"] in ("process_name", "process_sort_index", "thread_name")
+            value = event["args"]["sort_index" if event["name"] == "process_sort_index" else "name"]
+            assert type(value) is (int if event["name"] == "process_sort_index" else str)
+            if event["name"] == "thread_name":
+                named.add((event["pid"], event["tid"]))
+            continue
+        assert type(event["tid"]) is int
+        assert (event["pid"], event["tid"]) in named, "a track is named before its first slice"
+        assert isinstance(event["name"], str)
+        assert event["name"]
+        assert event["ts"] >= 0
+        assert event["dur"] >= 0
+        tracks.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+    for slices in tracks.values():
+        ends: list[float] = []
+        for begin, end in sorted(slices, key=lambda s: (s[0], -s[1])):
+            while ends and ends[-1] <= begin + 1e-3:  # times are rounded to 1e-4 us
+                ends.pop()
+            assert not ends or end <= ends[-1] + 1e-3, "slices overlap in part"
+            ends.append(end)
 
 
 def test_a_failed_run_leaves_no_timeline(routed: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import tiny_model
@@ -9,9 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
+from moesim.hardware import load_cluster
+from moesim.plan import Placement, Plan, slots_per_device
+from moesim.sim.event import EventResult, simulate_event
+from moesim.systems import SYSTEMS, Plain, Regrouped
+from moesim.systems.routing import Routing
 from moesim.systems.transforms import Capacity, TopP, top_p, within_capacity
 from moesim.testing import clustered_routing
-from moesim.trace import NO_EXPERT
+from moesim.trace import NO_EXPERT, Trace, TraceWriter, load_trace
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.floats(0.1, 3), st.integers(0, 9))
@@ -74,3 +82,56 @@ def test_impossible_settings_and_weights_are_refused() -> None:
             TopP(share=wrong)
     with pytest.raises(InputError, match="weights >= 0"):
         top_p(np.zeros((1, 1, 2), np.uint16), np.array([[[0.5, -0.1]]]), 0.5)
+
+
+def weighed(folder: Path, tokens: int, *, weights: bool = True) -> Trace:
+    """A trace whose tokens weigh their four choices 0.5, 0.3, 0.15 and 0.05."""
+    model = tiny_model(layers=2, experts=16, top_k=4)
+    gates = np.broadcast_to(np.asarray([0.5, 0.3, 0.15, 0.05]), (tokens, 2, 4))
+    with TraceWriter(folder / f"trace-{weights}", model, weights=weights) as writer:
+        writer.append(clustered_routing(model, tokens), weights=gates if weights else None)
+    return load_trace(folder / f"trace-{weights}")
+
+
+def run(trace: Trace, routing: Routing) -> EventResult:
+    model = trace.model
+    rows = np.tile(np.arange(model.experts), (2, 1))
+    placement = Placement(slots_LP=rows, slots_G=slots_per_device(model.experts, 8), experts=model.experts, layers=model.moe_layers)
+    plan = Plan(name="p", model=model.name, model_digest=model.digest, placement=placement)
+    return simulate_event(trace, plan, load_cluster("h100x8"), system=replace(SYSTEMS["plain"], routing=routing), tokens_per_device=64)
+
+
+def test_the_engine_counts_only_the_choices_that_are_used(tmp_path: Path) -> None:
+    trace = weighed(tmp_path, 2048)
+    by_share = [run(trace, TopP(share=share)).tokens_SLG.sum() for share in (0.4, 0.75, 0.9, 1.0)]
+    whole = run(trace, Plain())
+    np.testing.assert_allclose(np.asarray(by_share) / whole.tokens_SLG.sum(), [0.25, 0.5, 0.75, 1.0], rtol=1e-12)
+    used = run(trace, TopP(share=0.75))
+    assert used.traffic_B_LGG.sum() < whole.traffic_B_LGG.sum()
+    assert (used.layer_s_SL < whole.layer_s_SL).all()
+    first_two = within_two(trace, tmp_path)
+    np.testing.assert_array_equal(used.layer_s_SL, run(first_two, Plain()).layer_s_SL)  # cost depends on what is used only
+
+
+def within_two(trace: Trace, folder: Path) -> Trace:
+    """The same routing with the two lightest choices never made."""
+    with TraceWriter(folder / "two", trace.model, weights=False) as writer:
+        for batch in trace.batches():
+            ids = batch.experts_TLK.copy()
+            ids[:, :, 2:] = NO_EXPERT
+            writer.append(ids)
+    return load_trace(folder / "two")
+
+
+def test_edits_inside_other_routings_are_found_and_capacity_counts_what_they_leave(tmp_path: Path) -> None:
+    trace = weighed(tmp_path, 2048)
+    np.testing.assert_array_equal(run(trace, Regrouped(inner=TopP(share=0.75))).tokens_SLG.sum(), run(trace, TopP(share=0.75)).tokens_SLG.sum())
+    tight = Capacity(factor=0.5)
+    both = [run(trace, routing).tokens_SLG.sum() for routing in (TopP(share=0.75, inner=tight), replace(tight, inner=TopP(share=0.75)))]
+    assert both[0] == both[1] < run(trace, TopP(share=0.75)).tokens_SLG.sum()
+    assert both[0] <= 0.5 * run(trace, Plain()).tokens_SLG.sum() * (1 + 16 / 1024)
+
+
+def test_a_trace_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gate weights were not captured"):
+        run(weighed(tmp_path, 64, weights=False), TopP(share=0.75))

@@ -20,6 +20,7 @@ _WORDS = {
     "tiers_apart": "links inside nodes and NICs are stages of their own",
     "shared_beside": "shared experts run beside the dispatch",
     "gradients_in_gaps": "gradients are reduced in the gaps of the backward pass",
+    "batches": "halves of a step that overlap",
     "sm_share": "share of compute that communication takes",
 }
 EPILOG = "Then: moesim simulate TRACE PLAN --system tutel · moesim compare TRACE PLAN --system plain --system tutel"

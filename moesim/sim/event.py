@@ -41,6 +41,7 @@ from moesim.sim.tasks import ALL, Block, Task
 from moesim.sim.timeline import Timeline
 from moesim.systems import SYSTEMS, System
 from moesim.systems.routing import Routed
+from moesim.systems.transforms import edit_of
 from moesim.trace import Trace
 
 
@@ -53,7 +54,7 @@ class EventResult(Result):
     critical_path_s    seconds of the longest chain by kind of task; they add up to the steps
     stall_s            seconds compute streams waited, all devices together, by what they waited for
     stream_use         busy share of every stream; link_use share of every link's capacity
-    degrees            how often each pipeline degree was chosen, forward and backward
+    degrees            how often each pipeline degree was chosen, forward and backward; two batches are two parts
     exchanges          all-to-alls of one step that carried something
     gathered           experts gathered on every device, mean over steps and layers
     copies             what was copied to devices whose experts do not all stay on them; None: all do
@@ -133,11 +134,14 @@ def simulate_event(
         raise InputError(f"tokens_per_device={tokens_per_device}, context={context}: both must be >= 1")
     if (chosen.ring or chosen.residency) and mode == "training":
         raise InputError(f"system {chosen.name!r} copies experts from the host, which is modelled for inference only; use prefill or decode")
+    batches = chosen.schedule.batches
+    if batches > 1 and mode == "training":
+        raise InputError(f"system {chosen.name!r} overlaps two batches, which is modelled for inference only; use prefill or decode")
     plan.check_fits(trace.model, cluster.size, place=f"plan {plan.name!r}")
     base = cost or CostModel.of(cluster, trace.model)
     ways = variants(base, chosen.exchange)
     costs = without_oversubscription(base) if contention else base
-    dense = dense_times(costs, tokens=tokens_per_device, context=context, mode=mode)
+    dense = dense_times(costs, tokens=tokens_per_device / batches, context=context, mode=mode)
     wiring = Wiring.of(cluster)
     setting = Setting(
         cost=costs,
@@ -145,7 +149,7 @@ def simulate_event(
         placement=plan.placement,
         system=chosen,
         dense=dense,
-        project_s_G=projection_s(costs, tokens_per_device, chosen.exchange.project),
+        project_s_G=projection_s(costs, tokens_per_device / batches, chosen.exchange.project),
         fetch_s_G=_fetch_s(chosen, plan, trace, cluster),
         links=LinkLoads(wiring, cluster.node_G),
         contention=contention,
@@ -161,7 +165,7 @@ def simulate_event(
             gatherable=_gatherable(costs, float(dense.attention_LG.min()), plan.placement.experts),
             selections=any(way.way.per_selection for way in ways),
         )
-        for experts, ends_S in step_chunks(trace, steps, CHUNK_TOKENS, most_steps):
+        for experts, ends_S in step_chunks(trace, steps, CHUNK_TOKENS, most_steps, edit=edit_of(chosen.routing)):
             yield router(experts, ends_S, float(full))
 
     if chosen.residency:
@@ -309,7 +313,8 @@ def _forward(setting: Setting, routed: Routed, first: int) -> Pass:
     """Forward pass of some steps from `first` on, with what a residency changes about computation."""
     schedule, fetcher = setting.system.schedule, setting.fetcher
     here = fetcher.stay.held(routed, first) if fetcher else routed
-    forward = passes(setting.variants, here, setting.system.exchange, schedule, schedule.forward, backward=False)
+    degrees = tuple(r * schedule.batches for r in schedule.forward)  # a half is one of two equal parts
+    forward = passes(setting.variants, here, setting.system.exchange, schedule, degrees, backward=False)
     if fetcher is None or setting.system.residency is None or setting.system.residency.order == "grouped":
         return forward
     compute = forward.compute_SLG.copy()

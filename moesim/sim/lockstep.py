@@ -15,6 +15,7 @@ from moesim.cost.collectives import PORTS
 from moesim.hardware import Cluster
 from moesim.plan import Plan
 from moesim.result import Result
+from moesim.systems.transforms import Edit
 from moesim.trace import Trace
 
 CHUNK_TOKENS = 1 << 16
@@ -97,16 +98,20 @@ def inputs_of(trace: Trace, plan: Plan, cost: CostModel, tokens_per_device: int,
     }
 
 
-def step_chunks(trace: Trace, steps: int, chunk_tokens: int, most_steps: int | None = None) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.int64]]]:
+def step_chunks(
+    trace: Trace, steps: int, chunk_tokens: int, most_steps: int | None = None, *, edit: Edit | None = None
+) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.int64]]]:
     """The trace's T tokens as `steps` runs of T/steps tokens (to one token): several runs at a time, with their ends.
 
-    At most `most_steps` runs at a time. The next batch is read while the caller works on this one.
+    At most `most_steps` runs at a time. The next batch is read while the caller works on this one. `edit` changes the
+    choices of tokens by their gate weights as they are read; TraceError for a trace without weights then.
     """
     ends = np.arange(1, steps + 1) * trace.tokens // steps
     waiting: list[NDArray[np.uint16]] = []
     held, given = 0, 0  # tokens waiting; steps given out
-    for batch in _ahead(trace.batches(rows=min(chunk_tokens, CHUNK_TOKENS))):
-        waiting.append(batch.experts_TLK)
+    for batch in _ahead(trace.batches(rows=min(chunk_tokens, CHUNK_TOKENS), weights=edit is not None)):
+        weights_TLK = batch.weights_TLK
+        waiting.append(batch.experts_TLK if edit is None or weights_TLK is None else edit(batch.experts_TLK, weights_TLK))
         held += len(batch)
         first = int(ends[given - 1]) if given else 0
         ready = int(np.searchsorted(ends, first + held, side="right"))

@@ -77,7 +77,8 @@ class Program:
         self._gradients = "gradients" if shared else self._weights
         self._ring: dict[int, list[Task]] = {}  # layers counted from the first step → copies of their experts
         self._counted = 0
-        self._ready: list[Sequence[Task]] = [() for _ in self.devices]  # what the next layer waits for on each device
+        # what the next layer of each batch waits for on each device
+        self._ready: list[list[Sequence[Task]]] = [[() for _ in self.devices] for _ in range(setting.system.schedule.batches)]
         self._beside: Sequence[Task] = ()  # what the last attention waited for, so that gathers run beside it
         self._reduces: list[Task] = []
 
@@ -93,40 +94,48 @@ class Program:
                 yield self._update(chunk.first + s)
 
     def _forward(self, chunk: Chunk, s: int, layer: int, *, last: bool) -> Block:
+        """One layer of all batches; with two, those of the second are behind the first's in every queue."""
         setting, system = self.setting, self.setting.system
         label = (chunk.first + s, layer)
         tasks: list[Task] = []
+        self._beside = self._all(self._ready[0])
         if layer == 0 and chunk.routed.context_tokens:  # every device needs the hidden states of all new tokens
             size_B = chunk.routed.context_tokens * setting.cost.dispatch_B
-            self._collect(tasks, "gather", self._weights, size_B, self._all(self._ready), label)
-            self._ready = [(tasks[0],) for _ in self.devices]
-        front = self._each(tasks, "attention", setting.dense.attention_LG[layer].tolist(), self._ready, label)
-        self._beside = self._all(self._ready)
-        shared = setting.dense.shared_G.tolist()
-        if any(shared) and not system.schedule.shared_beside:
-            front = self._each(tasks, "shared", shared, front, label)
-        front = self._each(tasks, "gate", setting.dense.gate_G.tolist(), front, label)
-        gates = self._all(front)
-        if any(shared) and system.schedule.shared_beside:
-            self._each(tasks, "shared", shared, front, label)
-        needed = self._gather(tasks, chunk, s, layer, label)
-        needed_G: Sequence[Sequence[Task]] = [(*needed, *(self._ring.get(self._counted, [])[g : g + 1])) for g in self.devices]
-        if setting.fetcher:
-            needed_G = setting.fetcher.asked(tasks, label, front)
-        ends = self._experts(tasks, chunk, chunk.forward, s, layer, label, front, needed_G)
+            known = self._collect(tasks, "gather", self._weights, size_B, self._beside, label)
+            self._ready = [[(known,) for _ in self.devices] for _ in self._ready]
+            self._beside = (known,)
+        needed: Sequence[Task] = ()
+        gates: Sequence[Task] = ()
+        for batch, ready in enumerate(self._ready):
+            front = self._each(tasks, "attention", setting.dense.attention_LG[layer].tolist(), ready, label, batch)
+            shared = setting.dense.shared_G.tolist()
+            if any(shared) and not system.schedule.shared_beside:
+                front = self._each(tasks, "shared", shared, front, label, batch, going_on=True)
+            front = self._each(tasks, "gate", setting.dense.gate_G.tolist(), front, label, batch, going_on=True)
+            if any(shared) and system.schedule.shared_beside:
+                self._each(tasks, "shared", shared, front, label, batch)
+            if batch == 0:
+                gates, needed = self._all(front), self._gather(tasks, chunk, s, layer, label)
+            needed_G: Sequence[Sequence[Task]] = [(*needed, *(self._ring.get(self._counted, [])[g : g + 1])) for g in self.devices]
+            if setting.fetcher:
+                needed_G = setting.fetcher.asked(tasks, label, front)
+            self._ready[batch] = list(self._experts(tasks, chunk, chunk.forward, s, layer, label, front, needed_G, batch))
         if system.ring:
             self._ring.pop(self._counted, None)
             self._fetch(tasks, label, system.ring)
-        return self._close(tasks, label, gates, ends, last=last)
+        ends = [self._all([waits for ready in self._ready for waits in ready])] * len(self.devices) if len(self._ready) > 1 else self._ready[0]
+        if last:  # a step ends for all its tokens
+            self._ready = [list(ends) for _ in self._ready]
+        return Block(label=label, tasks=tasks, span=(gates, self._all(ends)), last=last)
 
     def _backward(self, chunk: Chunk, times: Pass, s: int, layer: int) -> Block:
         setting, system = self.setting, self.setting.system
         label = (chunk.first + s, layer)
         tasks: list[Task] = []
-        before, beside = self._all(self._ready), self._beside
+        before, beside = self._all(self._ready[0]), self._beside
         late: list[Task] = []
         needed = self._gather(late, chunk, s, layer, label, after=beside)
-        ends = self._experts(tasks, chunk, times, s, layer, label, self._ready, [needed for _ in self.devices])
+        ends = self._experts(tasks, chunk, times, s, layer, label, self._ready[0], [needed for _ in self.devices])
         tasks += late  # the block's first task must come before all of the next block's
         done = self._all(ends)
         self._beside = done
@@ -138,7 +147,7 @@ class Program:
         if system.schedule.gradients_in_gaps:
             self._reduce(tasks, label, layer, self._all(ready), pieces=GRADIENT_PIECES, priority=1)
         block = self._close(tasks, label, before, ends, last=False)
-        self._ready = list(ready)
+        self._ready = [list(ready)]
         return block
 
     def _update(self, step: int) -> Block:
@@ -148,8 +157,8 @@ class Program:
         tasks: list[Task] = []
         if not setting.system.schedule.gradients_in_gaps:
             for layer in reversed(range(len(setting.dense.parameters_L))):
-                self._reduce(tasks, label, layer, self._all(self._ready), pieces=1, priority=0)
-        waits = [(*ready, *self._reduces) for ready in self._ready]
+                self._reduce(tasks, label, layer, self._all(self._ready[0]), pieces=1, priority=0)
+        waits = [(*ready, *self._reduces) for ready in self._ready[0]]
         layers = len(setting.dense.parameters_L)
         dense = float(setting.dense.parameters_L.sum()) / len(self.devices)  # optimizer state is sharded over the devices
         devices = setting.cost.cluster.devices
@@ -217,14 +226,15 @@ class Program:
         label: tuple[int, int],
         front: Sequence[Sequence[Task]],
         needed_G: Sequence[Sequence[Task]],
+        batch: int = 0,
     ) -> Sequence[Sequence[Task]]:
-        """Dispatch, experts and combine of all parts; returns what waits on each device for their end."""
-        parts = int(times.degree_SL[s, layer])
+        """Dispatch, experts and combine of all parts of a batch; returns what waits on each device for their end."""
+        parts = int(times.degree_SL[s, layer]) // self.setting.system.schedule.batches
         project = self.setting.project_s_G
         if any(project):
-            front = self._each(tasks, "encode", project, front, label)
+            front = self._each(tasks, "encode", project, front, label, batch, going_on=True)
         begin = self._all(front)
-        there, last_there = self._cross(tasks, chunk, times, s, layer, label, [begin] * parts, back=False)
+        there, last_there = self._cross(tasks, chunk, times, s, layer, label, [begin] * parts, batch, back=False)
         compute = times.compute_SLG[s, layer].tolist()
         computed: list[Sequence[Task]] = []
         for i in range(parts):
@@ -235,22 +245,32 @@ class Program:
                     tokens_X = tokens_by_slot(chunk.routed, s, layer, g)
                     group += self.setting.fetcher.experts(tasks, label, g, i, compute[g], after, needed_G[g], tokens_X)
                 else:
-                    group.append(Task("experts", "compute", compute[g], after, device=g, label=label, chunk=i))
+                    group.append(Task("experts", "compute", compute[g], after, device=g, label=label, chunk=batch + i))
                     tasks.append(group[-1])
             computed.append(group)
         # no part returns before all have left: the stage order that pipeline_span assumes
-        back, _ = self._cross(tasks, chunk, times, s, layer, label, [[*group, *last_there] for group in computed], back=True)
+        back, _ = self._cross(tasks, chunk, times, s, layer, label, [[*group, *last_there] for group in computed], batch, back=True)
         ends: Sequence[Sequence[Task]] = [(back[-1],) for _ in self.devices]
-        return self._each(tasks, "decode", project, ends, label) if any(project) else ends
+        return self._each(tasks, "decode", project, ends, label, batch) if any(project) else ends
 
     def _cross(
-        self, tasks: list[Task], chunk: Chunk, times: Pass, s: int, layer: int, label: tuple[int, int], after: Sequence[Sequence[Task]], *, back: bool
+        self,
+        tasks: list[Task],
+        chunk: Chunk,
+        times: Pass,
+        s: int,
+        layer: int,
+        label: tuple[int, int],
+        after: Sequence[Sequence[Task]],
+        batch: int,
+        *,
+        back: bool,
     ) -> tuple[list[Task], Sequence[Task]]:
         """One exchange in parts: its last task of every part, and the last task of each of its streams."""
         setting, parts = self.setting, len(after)
         crossing = times.back if back else times.there
         kind, sm_share = "combine" if back else "dispatch", setting.system.exchange.sm_share
-        link_K, nic_K = self._loads(chunk, times, s, layer, parts, back=back) if setting.contention else (None, None)
+        link_K, nic_K = self._loads(chunk, times, s, layer, back=back) if setting.contention else (None, None)
         if setting.system.schedule.tiers_apart:
             stages = [("inter", float(crossing.nic_SL[s, layer]), nic_K), ("intra", float(crossing.link_SL[s, layer]), link_K)]
         else:
@@ -260,39 +280,48 @@ class Program:
         last: list[Task] = []
         for stream, work_s, load_K in reversed(stages) if back else stages:
             share = sm_share if work_s > 0 else 0.0
-            made = [Task(kind, stream, work_s, after[i], label=label, chunk=i, load_K=load_K, sm_share=share) for i in range(parts)]
+            made = [Task(kind, stream, work_s, after[i], label=label, chunk=batch + i, load_K=load_K, sm_share=share) for i in range(parts)]
             tasks += made
             last.append(made[-1])
             after = [(task,) for task in made]
         return made, last
 
-    def _loads(self, chunk: Chunk, times: Pass, s: int, layer: int, parts: int, *, back: bool) -> tuple[Floats, Floats]:
+    def _loads(self, chunk: Chunk, times: Pass, s: int, layer: int, *, back: bool) -> tuple[Floats, Floats]:
         """Loads of one part of an exchange inside nodes and between them."""
         cost = self.setting.variants[int(times.transport_SL[s, layer])]
         returning = back if times is chunk.forward else not back  # the backward pass goes the combine's way first
         copies = chunk.routed.copies(cost, back=returning)
-        size_B = (cost.combine_B if returning else cost.dispatch_B) * self.setting.system.exchange.bytes_scale / parts
+        size_B = (cost.combine_B if returning else cost.dispatch_B) * self.setting.system.exchange.bytes_scale / int(times.degree_SL[s, layer])
         return self.setting.links.exchange(copies.pairs_SLGG[s, layer], copies.nodes_SLGN[s, layer], size_B, cost.algorithm, back=back)
 
     def _fetch(self, tasks: list[Task], label: tuple[int, int], ring: Ring) -> None:
         """Copy of the experts of the layer that takes over this layer's slot of the ring."""
         layers = len(self.setting.dense.parameters_L)
         if ring.layers < layers:
-            last = {task.device: task for task in tasks if task.kind == "experts"}
-            made = [Task("fetch", "h2d", self.setting.fetch_s_G[g], (last[g],), device=g, label=label) for g in self.devices]
+            done = [tuple(task for task in tasks if task.kind == "experts" and task.device == g)[-len(self._ready) :] for g in self.devices]
+            made = [Task("fetch", "h2d", self.setting.fetch_s_G[g], done[g], device=g, label=label) for g in self.devices]
             tasks += made
             self._ring[self._counted + ring.layers] = made
         self._counted += 1
 
     def _close(self, tasks: list[Task], label: tuple[int, int], before: Sequence[Task], ends: Sequence[Sequence[Task]], *, last: bool) -> Block:
-        self._ready = list(ends)
+        self._ready = [list(ends)]
         return Block(label=label, tasks=tasks, span=(before, self._all(ends)), last=last)
 
     def _each(
-        self, tasks: list[Task], kind: str, work_s: Sequence[float], after: Sequence[Sequence[Task]], label: tuple[int, int]
+        self,
+        tasks: list[Task],
+        kind: str,
+        work_s: Sequence[float],
+        after: Sequence[Sequence[Task]],
+        label: tuple[int, int],
+        batch: int = 0,
+        *,
+        going_on: bool = False,
     ) -> list[tuple[Task]]:
-        """One compute task per device."""
-        made = [Task(kind, "compute", work_s[g], after[g], device=g, label=label) for g in self.devices]
+        """One compute task per device. A batch that is `going_on` to its dispatch lets no other begin in between."""
+        priority = -1 if going_on and len(self._ready) > 1 else 0
+        made = [Task(kind, "compute", work_s[g], after[g], device=g, label=label, chunk=batch, priority=priority) for g in self.devices]
         tasks += made
         return [(task,) for task in made]
 

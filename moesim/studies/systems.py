@@ -23,6 +23,7 @@ STUDIES: dict[str, Callable[[Bench], Section]] = {
     "tutel": schedules.tutel_study,
     "fsmoe": schedules.fsmoe_study,
     "se-moe": schedules.se_moe_study,
+    "two-batch": schedules.two_batch_study,
     "exflow": traffic.exflow_study,
     "hecate": traffic.hecate_study,
     "bigmac": traffic.bigmac_study,

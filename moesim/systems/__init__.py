@@ -23,6 +23,7 @@ from moesim.systems import (
     semoe,
     sn40l,
     tutel,
+    two_batch,
 )
 from moesim.systems.batching import OneRoute, Regrouped
 from moesim.systems.mechanisms import Exchange, Ring, Schedule, System
@@ -33,6 +34,7 @@ _ALL = (
     plain.SYSTEM,
     deepspeed.SYSTEM,
     tutel.SYSTEM,
+    two_batch.SYSTEM,
     fsmoe.SYSTEM,
     exflow.SYSTEM,
     hecate.SYSTEM,

@@ -56,6 +56,8 @@ class Schedule:
     tiers_apart          links inside nodes and NICs are separate stages, so that they too run beside each other
     shared_beside        shared experts run beside the dispatch, not before it
     gradients_in_gaps    gradient reduction runs in pieces beside the backward pass, giving way to all-to-alls
+    batches              2: every step's tokens in two halves that go through all layers on their own, attention and experts of
+                         one beside the all-to-alls of the other; inference only, steps still begin together
     """
 
     forward: tuple[int, ...] = (1,)
@@ -63,12 +65,17 @@ class Schedule:
     tiers_apart: bool = False
     shared_beside: bool = False
     gradients_in_gaps: bool = False
+    batches: int = 1
 
     def __post_init__(self) -> None:
         for name in ("forward", "backward"):
             degrees = getattr(self, name)
             if not degrees or any(not isinstance(r, int) or r < 1 for r in degrees):
                 raise InputError(f"{name} pipeline degrees {degrees}: give whole numbers >= 1")
+        if self.batches not in (1, 2):
+            raise InputError(f"batches={self.batches!r}: give 1, or 2 halves that overlap")
+        if self.batches > 1 and (self.forward, self.backward) != ((1,), (1,)):
+            raise InputError(f"two batches with pipeline degrees {self.forward}, {self.backward}: a half is a part already; leave degrees at (1,)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +115,8 @@ class System:
             raise InputError(f"system {self.name!r} has a ring and a residency; a layer's experts come one way: leave one out")
         if self.residency and (self.residency.order == "one-by-one" or self.residency.host) and self.schedule.forward != (1,):
             raise InputError(f"system {self.name!r}: experts one by one or on the host go with pipeline degree 1, not {self.schedule.forward}")
+        if self.residency and self.schedule.batches > 1:
+            raise InputError(f"system {self.name!r}: copies are asked for by whole layers, not by halves; leave out the residency or the two batches")
 
 
 SystemMaker = Callable[..., System]

@@ -6,6 +6,7 @@ Suffixes: S steps, T tokens, L MoE layers, K selections, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from moesim.systems.routing import Plain, Router, Routing
 from moesim.trace import NO_EXPERT
 
 Ids = NDArray[np.uint16]
+Edit = Callable[[Ids, NDArray[np.floating]], Ids]  # (experts_TLK, weights_TLK) → experts_TLK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,26 @@ class TopP:
     def edit(self, experts_TLK: Ids, weights_TLK: NDArray[np.floating]) -> Ids:
         """Choices that are used, 65535 for the others; called on tokens as they are read."""
         return top_p(experts_TLK, weights_TLK, self.share)
+
+
+def edit_of(routing: Routing) -> Edit | None:
+    """What a routing, or one inside it, does to choices by their weights; outer before inner, and all before any router."""
+    found: list[Edit] = []
+    inside: Routing | None = routing
+    while inside is not None:
+        edit = getattr(inside, "edit", None)
+        if edit is not None:
+            found.append(edit)
+        inside = getattr(inside, "inner", None)
+    if not found:
+        return None
+
+    def run(experts_TLK: Ids, weights_TLK: NDArray[np.floating]) -> Ids:
+        for edit in found:
+            experts_TLK = edit(experts_TLK, weights_TLK)
+        return experts_TLK
+
+    return run
 
 
 def within_capacity(experts_TLK: Ids, ends_S: NDArray[np.integer], experts: int, factor: float) -> Ids:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.bench.registry import BENCHES
 
-MODULES = ("traces", "capture", "costs", "fits", "placement", "sweep", "serving", "replay")
+MODULES = ("traces", "capture", "costs", "fits", "placement", "sweep", "serving", "replay", "engine")
 ROOT = Path(__file__).resolve().parents[2]
 
 

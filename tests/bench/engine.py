@@ -1,0 +1,59 @@
+"""The event engine: DeepSeek-V3 decoding on 64 devices in 8 nodes that share their links."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import simpy
+
+from moesim.hardware import load_cluster
+from moesim.model import load_model
+from moesim.plan import Placement, Plan, slots_per_device
+from moesim.sim.event import simulate_event
+from moesim.trace import TraceWriter, load_trace
+from tests.bench.registry import Measured, bench
+
+STEPS, TOKENS = 20, 8  # of each device in a step
+
+
+@bench
+def event_engine() -> Measured:
+    """Tasks that end per second of processor time, routing and costs included, beside bare SimPy timeouts."""
+    model, cluster = load_model("deepseek-v3"), load_cluster("b200-8x8")
+    layers, tokens = len(model.moe_layers), STEPS * TOKENS * cluster.size
+    rng = np.random.default_rng(0)
+    share = model.experts // model.top_k
+    ids = rng.integers(0, share, (tokens, layers, model.top_k), dtype=np.uint16) + np.arange(model.top_k, dtype=np.uint16) * share
+    rows = np.tile(np.arange(model.experts), (layers, 1))
+    placement = Placement(slots_LP=rows, slots_G=slots_per_device(model.experts, cluster.size), experts=model.experts, layers=model.moe_layers)
+    plan = Plan(name="in order", model=model.name, model_digest=model.digest, placement=placement)
+    with tempfile.TemporaryDirectory() as folder:
+        with TraceWriter(Path(folder) / "trace", model, weights=False) as writer:
+            writer.append(ids)
+        trace = load_trace(Path(folder) / "trace")
+
+        def run() -> int:
+            return simulate_event(trace, plan, cluster, mode="decode", tokens_per_device=TOKENS, contention=True).tasks
+
+        run()  # compiles and loads
+        begin = time.process_time()
+        tasks = run()
+        spent_s = time.process_time() - begin
+    return Measured(value=tasks / spent_s, unit="tasks/s", peer="bare SimPy timeouts", peer_value=timeouts(tasks))
+
+
+def timeouts(count: int) -> float:
+    """SimPy timeouts per second of processor time, one after the other in one process."""
+
+    def wait(env: simpy.Environment) -> object:
+        for _ in range(count):
+            yield env.timeout(1.0)
+
+    env = simpy.Environment()
+    env.process(wait(env))  # type: ignore[arg-type]
+    begin = time.process_time()
+    env.run()
+    return count / (time.process_time() - begin)
