@@ -1,4 +1,4 @@
-"""Numba compilation with its type kept: what compiled kernels are decorated with.
+"""Numba compilation with its type kept: what compiled kernels are decorated with; and `ones`, an instruction numba has no name for.
 
 Import this module only from modules that are themselves loaded lazily: numba costs a quarter of a second.
 """
@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import numba
+import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -30,6 +31,15 @@ def inlined(function: F) -> F:
     """Like `compiled`, for small functions called in hot loops: a call would copy whole tuples of arrays."""
     kernel: F = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)(function)
     return kernel
+
+
+@inlined
+def ones(word: np.uint64) -> np.int64:
+    """Bits set (the compiler turns this into one instruction)."""
+    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
 def specialised(loop: F, name: str, hooks: dict[str, Any]) -> F:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import EntryPoint
 
 import numpy as np
@@ -20,14 +21,24 @@ from moesim.optimize.caching import CacheSolution, plan_cache
 from moesim.optimize.tiers import memory_B_G, noise
 from moesim.replay import Events, replay
 from moesim.testing import MODEL, CachingSolverSuite
-from moesim.testing.caching import cache_problem_of, first_device, sample_problem
+from moesim.testing.caching import cache_problem_of, fingerprints_elsewhere, first_device, sample_problem
 from moesim_solvers.caching.quotas import certain, cost_of, equal, integer, lower_bound, marginal
+
+
+def registered_solvers() -> list[str]:
+    return [info.name for info in registry.solver_infos() if info.solves == "caching" and info.available]
+
+
+@cache
+def found_elsewhere() -> dict[str, str]:
+    """One process for all solvers: starting it costs more than most of them."""
+    names = registered_solvers()
+    return dict(zip(names, fingerprints_elsewhere(*(type(registry.load_solver(name, "caching")) for name in names)), strict=True))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "registered" in metafunc.fixturenames:
-        names = [info.name for info in registry.solver_infos() if info.solves == "caching" and info.available]
-        metafunc.parametrize("registered", names)
+        metafunc.parametrize("registered", registered_solvers())
 
 
 class TestRegistered(CachingSolverSuite):
@@ -38,6 +49,10 @@ class TestRegistered(CachingSolverSuite):
         solver = registry.load_solver(registered, "caching")
         type(self).solver = type(solver)  # type: ignore[assignment]
         type(self).moves = registered != "bits-ilp"
+        self.name = registered
+
+    def elsewhere(self) -> str:
+        return found_elsewhere()[self.name]
 
 
 # -- sharing slots -----------------------------------------------------------------------------------------------------

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from capture_scripts.tiny import tiny_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesim import load_trace
+from moesim.capture.rows import RowBuffer
 from moesim.capture.tokens import Forward, Sequences, token_columns
+from moesim.trace import NO_EXPERT, TraceWriter
 
 
 def forward(batch: int, length: int, **facts: Any) -> Forward:
@@ -106,3 +111,25 @@ def test_a_length_on_the_device_decides_position_and_phase() -> None:
     columns, _ = token_columns(forward(2, 1, training=False, past=1), {"past": np.array(7)}, 2, Sequences())
     assert columns["phase"] == "decode"
     assert columns["position"].tolist() == [7, 7]
+
+
+def test_joined_passes_are_the_passes_one_by_one(tmp_path: Path) -> None:
+    """Plain and padded passes, a silent router (None) and -1 (no selection), in order and in their own dtypes."""
+    rng, passes = np.random.default_rng(0), []
+    for number, kind in enumerate((np.int64, np.int32, np.uint16, np.int64)):
+        ids = [rng.integers(0, 4, (6, 2)).astype(kind) for _ in range(3)]
+        passes.append((forward(2, 3, prompt=number, domain=("a", "b") if number == 2 else "c"), ids))
+    passes[1][1][0][0] = -1
+    passes[3][1][2] = None  # type: ignore[call-overload]
+    with TraceWriter(tmp_path / "t", tiny_spec(), weights=False) as writer:
+        rows = RowBuffer(writer, [[0, 1, 2]])
+        for label, ids in passes:
+            rows.add(label, {"experts": ids, "mask": np.ones((2, 3))})
+        rows.flush()
+    expected = [np.stack([np.full((6, 2), NO_EXPERT) if layer is None else layer.astype(np.uint16) for layer in ids], axis=1) for _, ids in passes]
+    trace = load_trace(tmp_path / "t")
+    np.testing.assert_array_equal(trace.experts(), np.concatenate(expected))
+    (batch,) = trace.batches(columns=("sequence", "position", "domain"))
+    assert batch.columns["sequence"].tolist() == np.repeat(np.arange(8), 3).tolist()
+    assert batch.columns["position"].tolist() == [0, 1, 2] * 8
+    assert batch.columns["domain"].tolist() == ["c"] * 12 + ["a"] * 3 + ["b"] * 3 + ["c"] * 6

@@ -94,10 +94,10 @@ def test_who_says_so_keeps_rules(name, slots):
     """run_solver raises when a rule is broken, so an answer is the proof; without the rules they are broken."""
     rules = (Pin(experts=(3, 7), device=5), Pin(experts=(1,), device=0, layers=(0, 2)), Apart(experts=(0, 4, 8, 12)))
     problem = problem_of(IDS, MODEL, slots=slots)
-    found = run_solver(name, constrained(problem, rules=rules), time_limit_s=5.0)
+    found = run_solver(name, constrained(problem, rules=rules), time_limit_s=1.0)
     assert found.placement is not None
     assert Constraints(rules=rules).broken(found.placement) is None
-    free = run_solver(name, problem, time_limit_s=5.0).placement
+    free = run_solver(name, problem, time_limit_s=1.0).placement
     assert free is not None
     assert Constraints(rules=rules).broken(free)
 

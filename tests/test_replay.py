@@ -116,6 +116,19 @@ def test_curves_of_wide_events(policy):
     assert curves.tolist() == np.stack([replay(events, policy, slots).misses_L for slots in range(41)], axis=1).tolist()
 
 
+@pytest.mark.parametrize("size", [1, 8, 64, 65])
+def test_curves_of_events_of_one_size(size):
+    """Up to a word of members and beyond; more uses than the bits of recency have room for; layers in turn, one now and then idle."""
+    rng = np.random.default_rng(size)
+    heat = 2 * rng.random(100)
+    sets = [set() if n % 7 == 3 else set(np.argsort(heat + rng.random(100))[:size].tolist()) for n in range(4000 // size // 2 * 2)]
+    events = events_of(sets, layers=2, experts=100)
+    sizes = np.unique([0, 1, 2, size // 2, size - 1, size, size + 1, 80, 99, 100])
+    for scope in ("layer", "model"):
+        each = [replay(events, "lru", int(slots), scope=scope).misses_L for slots in sizes]
+        assert miss_curves(events, "lru", slots_C=sizes, scope=scope).tolist() == np.stack(each, axis=1).tolist()
+
+
 def test_curves_of_other_policies_are_replays():
     events = random_events(2)
     assert miss_curves(events, "sieve", slots_C=[3]).tolist() == [[n] for n in replay(events, "sieve", 3).misses_L]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import EntryPoint
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import tiny_model
 from moesim.errors import InputError, PluginError, SolverError
 from moesim.optimize import Capability, Problem, Progress, Solution, Status, registry, run_solver, solver_names
 from moesim.testing import MODEL, PlacementSolverSuite, clustered_routing, problem_of
+from moesim.testing.placement import plans_elsewhere
 
 SIMPLE = {"linear", "round-robin", "random"}  # do not try to be good
 
@@ -33,8 +35,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("registered", names)
 
 
+@cache
+def registered_elsewhere() -> dict[str, str]:
+    """Digests of all registered placement solvers, from one process."""
+    names = [info.name for info in registry.solver_infos() if info.solves == "placement" and info.available]
+    return dict(zip(names, plans_elsewhere([type(registry.load_solver(name)) for name in names]), strict=True))
+
+
 class TestRegistered(PlacementSolverSuite):
     """The suite, once per registered solver."""
+
+    def elsewhere(self) -> str:
+        return registered_elsewhere()[type(self).solver.name]  # type: ignore[attr-defined]
 
     @pytest.fixture(autouse=True)
     def _choose(self, registered: str) -> None:

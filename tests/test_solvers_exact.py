@@ -135,8 +135,8 @@ def test_its_objective_is_at_most_the_true_price_and_equal_for_two_choices() -> 
 
 
 def test_local_search_is_within_one_per_cent_of_the_optimum() -> None:
-    """Fifty layers of 16 experts on 4 devices, tokens choosing two, where the program's objective is the true price."""
-    layers, experts, slots_G = 50, 16, [4] * 4
+    """Twenty layers of 16 experts on 4 devices, tokens choosing two, where the program's objective is the true price."""
+    layers, experts, slots_G = 20, 16, [4] * 4
     ids_TLK = routing(5, 200, layers, experts, 2)
     load_LE = TraceStats.from_experts(ids_TLK, spec(layers, experts, 2)).load_LE
     busy, fanout = 1.0, 0.5
@@ -334,7 +334,7 @@ def test_contradictions_are_statuses(name: str) -> None:
     too_few = run_solver(name, unequal([1] * 8))
     assert (too_few.status, too_few.placement) == (Status.INFEASIBLE, None)
     for slots_G in ([4, 4, 2, 2, 2, 1, 1, 0], [3, 3, 3, 3, 3, 3, 3, 3], [17, 1, 1, 1, 1, 1, 1, 1]):
-        found = run_solver(name, unequal(slots_G), time_limit_s=2.0)
+        found = run_solver(name, unequal(slots_G), time_limit_s=0.7)
         if found.placement is None:
             assert found.status == Status.INFEASIBLE
             assert "slots" in found.notes["reason"] or "replicas" in found.notes["reason"]

@@ -1,17 +1,14 @@
 """Gathers what the routers of one stack of layers decided in one forward pass.
 
 On a GPU: one stack and one cast, still on the device, so that one copy brings it over. On the CPU there is nothing to
-bring over: references go to the writer thread, which stacks many passes in a row while its code is warm.
+bring over: references go to the writer thread, which converts many passes in a row while its code is warm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -20,16 +17,25 @@ from moesim.errors import CaptureError
 
 Kept = tuple[int, Tensor, "Tensor | None"]
 Layers = Tensor | list[Tensor | None]  # [L, R, K], or L times [R, K] with None where a router is silent
-_KINDS = {"experts": (np.uint16, 65535), "weights": (np.float16, 0)}
+_WHOLE = frozenset({torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8})
 
 
-@torch.no_grad()
 def gather(routers: Sequence[Router], kept: Sequence[Kept], *, width: int, weights: bool) -> tuple[dict[str, Layers], int, list[int]]:
-    """`experts` (-1 or 65535 = none) and `weights`, the rows R, and the indices of routers that are silent; see `stacked`.
+    """`experts` (-1 or 65535 = none) and `weights`, the rows R, and the indices of routers that are silent.
 
     `kept` holds (index into `routers`, ids, weights) in order; several calls of one router (chunks of the rows) are joined.
     Raises CaptureError naming the router when ids are no whole numbers, wider than `width`, or rows differ between layers.
     """
+    if _plain(kept, len(routers), width, weights):
+        plain: dict[str, Layers] = {"experts": [ids for _, ids, _ in kept]}
+        if weights:
+            plain["weights"] = [gates.detach() for _, _, gates in kept if gates is not None]  # the graph behind them must not live on
+        return plain, len(kept[0][1]), []
+    return _joined(routers, kept, width=width, weights=weights)
+
+
+@torch.no_grad()
+def _joined(routers: Sequence[Router], kept: Sequence[Kept], *, width: int, weights: bool) -> tuple[dict[str, Layers], int, list[int]]:
     calls: list[list[Kept]] = [[] for _ in routers]
     for item in kept:
         calls[item[0]].append(item)
@@ -56,16 +62,19 @@ def gather(routers: Sequence[Router], kept: Sequence[Kept], *, width: int, weigh
     return found, len(ids[0]), silent
 
 
-def stacked(what: str, values: NDArray[Any] | list[NDArray[Any] | None]) -> NDArray[Any]:
-    """[L, R, K] of `experts` (uint16) or `weights` (float16) as they came over."""
-    if isinstance(values, np.ndarray):
-        return values
-    kind, filler = _KINDS[what]
-    rows, width = next(value.shape for value in values if value is not None)
-    made = np.empty((len(values), rows, width), kind)
-    for layer, value in enumerate(values):
-        made[layer] = filler if value is None else value.astype(kind)  # by way of astype: -1 becomes 65535
-    return made
+def _plain(kept: Sequence[Kept], layers: int, width: int, weights: bool) -> bool:
+    """Every router once, in order, on the CPU, as wide as the trace: nothing to join, pad or bring over."""
+    if len(kept) != layers:
+        return False
+    shape = kept[0][1].shape
+    if len(shape) != 2 or shape[1] != width:
+        return False
+    for index, (layer, ids, gates) in enumerate(kept):
+        if layer != index or ids.dtype not in _WHOLE or not ids.is_cpu or ids.shape != shape:
+            return False
+        if weights and (gates is None or gates.dtype is not torch.float32 or not gates.is_cpu or gates.shape != shape):
+            return False
+    return True
 
 
 def _rows(router: Router, parts: Sequence[Tensor], width: int, *, floating: bool = False) -> Tensor:

@@ -10,20 +10,19 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moesim.capture import compiled
 from moesim.capture.discover import Router
-from moesim.capture.gather import Kept, gather, stacked
+from moesim.capture.gather import Kept, gather
 from moesim.capture.hooks import place_hooks
 from moesim.capture.ring import Ring, WhenFull
 from moesim.capture.rows import RowBuffer
-from moesim.capture.tokens import Forward, Sequences, token_columns
+from moesim.capture.tokens import Forward
 from moesim.errors import CaptureError
-from moesim.trace import NO_EXPERT, TraceWriter
+from moesim.trace import TraceWriter
 
 UNMATCHED = (
     "{path}: in {passes} forward passes the routers saw another number of tokens than the model was given (tokens split over devices?); "
@@ -71,15 +70,14 @@ class Recorder:
         self._step, self._microbatch, self._by_hand, self._trained = 0, 0, False, False
         self._seen, self._steps_without = 0, 0
         self._ran: set[int] = set()
-        self._open, self._prompt, self._stray, self._skipped, self._unmatched = -1, 0, 0, 0, 0
+        self._open, self._prompt, self._stray, self._skipped = -1, 0, 0, 0
         self._forward: tuple[Forward, dict[str, Tensor]] | None = None
         self._kept: list[Kept] = []
         self._root_tokens: Tensor | None = None
         self._root_needed = True
-        self._sequences = Sequences()
         self._closed, self._pid = False, os.getpid()
-        self._rows = RowBuffer(writer)
-        self._ring = Ring(self._consume, self._flush, idle_s=writer.part_seconds, slots=ring_slots, when_full=when_full)
+        self._rows = RowBuffer(writer, [[router.layer for router in group] for group in self._groups])
+        self._ring = Ring(self._rows.add, self._flush, idle_s=writer.part_seconds, slots=ring_slots, when_full=when_full)
         number = next(_numbers)
         compiled.LISTENERS[number] = self
         self._handles = place_hooks(model, routers, self, number)
@@ -214,18 +212,6 @@ class Recorder:
 
     # Writer thread ---------------------------------------------------------------------------------------------
 
-    def _consume(self, forward: Forward, arrays: dict[str, Any]) -> None:
-        found = {what: stacked(what, arrays.pop(what)) for what in ("experts", "weights") if what in arrays}
-        shape = found["experts"].shape[1:]
-        columns, matched = token_columns(forward, arrays, shape[0], self._sequences)
-        self._unmatched += not matched
-        layers = [router.layer for router in self._groups[forward.stream]]
-        by_layer = {what: dict(zip(layers, values, strict=True)) for what, values in found.items()}
-        if len(layers) < len(self.routers):  # layers of other stacks
-            blank = {"experts": np.full(shape, NO_EXPERT, np.uint16), "weights": np.zeros(shape, np.float16)}
-            by_layer = {what: {router.layer: blank[what] for router in self.routers} | values for what, values in by_layer.items()}
-        self._rows.add(by_layer["experts"], by_layer.get("weights"), columns)
-
     def _flush(self) -> None:
         self._rows.flush()
         self.writer.flush()
@@ -267,12 +253,12 @@ class Recorder:
 
     def _finish(self, notes: dict[str, Any]) -> None:
         self.writer.close(
-            **notes, every=self._every, max_tokens=self._max_tokens, forwards_dropped=self.dropped, forwards_unmatched=self._unmatched,
+            **notes, every=self._every, max_tokens=self._max_tokens, forwards_dropped=self.dropped, forwards_unmatched=self._rows.unmatched,
             layers_skipped=self._skipped, routers_recomputed=self.recomputed, ring_peak_B=self._ring.peak_B,
             hooks_s=self.overhead_s, writer_s=self.writer_s,
         )  # fmt: skip
-        if self._unmatched:
-            warnings.warn(UNMATCHED.format(path=self.writer.path, passes=self._unmatched), RuntimeWarning, stacklevel=4)
+        if self._rows.unmatched:
+            warnings.warn(UNMATCHED.format(path=self.writer.path, passes=self._rows.unmatched), RuntimeWarning, stacklevel=4)
         if not self._seen:
             stray = f" Routers were called {self._stray} times outside their model's forward: call the model, not its layers." if self._stray else ""
             self._fail(f"no forward pass was seen: another model is run, or this one was compiled before capture started.{stray}")

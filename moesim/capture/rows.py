@@ -1,4 +1,8 @@
-"""RowBuffer: joins many small forward passes into few large appends."""
+"""RowBuffer: joins many small forward passes into few large appends.
+
+A pass waits as it came over (references on the CPU, private copies from a GPU); nothing is converted before many passes
+can be converted in a row, while the code is warm. Shapes: R rows of one pass, T rows of all that wait.
+"""
 
 from __future__ import annotations
 
@@ -9,49 +13,82 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.trace import Coded, TraceWriter
+from moesim.capture.tokens import Forward, Sequences, token_columns
+from moesim.trace import NO_EXPERT, Coded, TraceWriter
 
-Lists = dict[int, NDArray[Any]]  # by layer, [R, K]
+_KINDS = {"experts": (np.uint16, NO_EXPERT), "weights": (np.float16, 0)}
+MOST_ROWS, MOST_B, MOST_S = 1 << 14, 1 << 24, 2.0
 
 
 class RowBuffer:
-    """Rows on their way to `writer`, at most a quarter of a part, 16,384 rows or two seconds of them."""
+    """Passes on their way to `writer`, at most a quarter of a part, 16,384 rows, 16 MiB or two seconds of them.
 
-    def __init__(self, writer: TraceWriter) -> None:
-        self._writer = writer
-        self._most = min(1 << 14, max(1, writer.part_rows // 4))
-        self._passes: list[tuple[int, Lists, Lists | None, dict[str, Any]]] = []
-        self._rows, self._since = 0, 0.0
+    `layers` gives the MoE layers of each stack of layers; a stack that lacks layers of the trace writes no selection there.
+    `unmatched` counts passes whose rows could not be matched to tokens.
+    """
 
-    def add(self, experts: Lists, weights: Lists | None, columns: dict[str, Any]) -> None:
-        """Take the R rows of one pass: lists by layer [R, K], columns as one value or [R]."""
+    def __init__(self, writer: TraceWriter, layers: Sequence[Sequence[int]]) -> None:
+        self.unmatched = 0
+        self._writer, self._layers = writer, layers
+        self._most = min(MOST_ROWS, max(1, writer.part_rows // 4))
+        self._sequences = Sequences()
+        self._passes: list[tuple[Forward, int, dict[str, Any]]] = []
+        self._rows, self._size_B, self._since = 0, 0, 0.0
+
+    def add(self, forward: Forward, arrays: dict[str, Any]) -> None:
+        """Take one pass: `experts` and perhaps `weights`, L arrays [R, K] or None where a router was silent; the rest as `token_columns` takes it."""
         if not self._passes:
             self._since = time.monotonic()
-        rows = len(next(iter(experts.values())))
-        self._passes.append((rows, experts, weights, columns))
-        self._rows += rows
-        if self._rows >= self._most or time.monotonic() - self._since > 2:
+        heard = [array for what in _KINDS for array in arrays.get(what, ()) if array is not None]
+        self._passes.append((forward, len(heard[0]), arrays))
+        self._rows += len(heard[0])
+        self._size_B += sum(_held_B(array) for array in heard)
+        if self._rows >= self._most or self._size_B >= MOST_B or time.monotonic() - self._since > MOST_S:
             self.flush()
 
     def flush(self) -> None:
         """Append what has gathered to the writer."""
-        passes, self._passes, self._rows = self._passes, [], 0
+        passes, self._passes = self._passes, []
+        total, self._rows, self._size_B = self._rows, 0, 0
         if not passes:
             return
-        sizes = [rows for rows, *_ in passes]
-        columns = {name: _joined([columns[name] for *_, columns in passes], sizes) for name in passes[0][3]}
-        experts = _layers([experts for _, experts, _, _ in passes])
-        weights = _layers([weights for _, _, weights, _ in passes if weights is not None]) if passes[0][2] is not None else None
-        self._writer.append(experts, weights=weights, **columns)
+        sizes = [rows for _, rows, _ in passes]
+        lists = {what: self._filled(what, passes, total) for what in _KINDS if what in passes[0][2]}
+        columns = []
+        for forward, rows, arrays in passes:
+            found, matched = token_columns(forward, arrays, rows, self._sequences)
+            self.unmatched += not matched
+            columns.append(found)
+        joined = {name: _joined([found[name] for found in columns], sizes) for name in columns[0]}
+        self._writer.append(lists["experts"], weights=lists.get("weights"), **joined)
+
+    def _filled(self, what: str, passes: Sequence[tuple[Forward, int, dict[str, Any]]], total: int) -> dict[int, NDArray[Any]]:
+        """By layer [T, K]: every pass converted straight into its rows."""
+        kind, filler = _KINDS[what]
+        layers = self._writer.info.model.moe_layers
+        room = np.empty((len(layers), total, self._writer.info.top_k), kind)
+        by_layer = dict(zip(layers, room, strict=True))
+        begin = 0
+        for forward, rows, arrays in passes:
+            own = self._layers[forward.stream]
+            if len(own) < len(layers):  # the others are of other stacks
+                room[:, begin : begin + rows] = filler
+            for layer, values in zip(own, arrays[what], strict=True):
+                by_layer[layer][begin : begin + rows] = filler if values is None else values  # cast as C does: -1 becomes 65535
+            begin += rows
+        return by_layer
 
 
-def _layers(lists: Sequence[Lists]) -> Lists:
-    return lists[0] if len(lists) == 1 else {layer: np.concatenate([by_layer[layer] for by_layer in lists]) for layer in lists[0]}
+def _held_B(array: NDArray[Any]) -> int:
+    """Bytes that waiting for `array` holds; a view of something larger holds all of it."""
+    return max(array.nbytes, abs(array.strides[0]) * len(array)) if array.ndim else array.nbytes
 
 
 def _joined(values: Sequence[Any], sizes: Sequence[int]) -> Any:
     """One column of all passes. Words become codes here, word by word, so that nobody has to look at every row's text."""
     first = values[0]
+    if not isinstance(first, np.ndarray) and all(type(value) is type(first) and value == first for value in values):
+        return first
     if isinstance(first, str) or (isinstance(first, np.ndarray) and first.dtype.kind == "O"):
         codes: dict[str, int] = {}
         parts = []

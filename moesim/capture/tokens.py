@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -100,17 +101,25 @@ def _plain(forward: Forward, inputs: dict[str, NDArray[Any]], rows: int) -> bool
 
 
 def _plain_columns(forward: Forward, inputs: dict[str, NDArray[Any]], sequences: Sequences) -> dict[str, Any]:
-    batch, length = forward.batch, forward.length
+    row_T, position_T, valid_T = _grid(forward.batch, forward.length)
     return {
         "domain": forward.domain,
         "step": forward.step,
         "microbatch": forward.microbatch,
         "phase": "train" if forward.training else "prefill",
-        "sequence": np.repeat(sequences.begin(forward), length),
-        "position": np.tile(np.arange(length), batch),
-        "token_id": inputs["token_id"].reshape(-1) if "token_id" in inputs else np.full(batch * length, -1),
-        "valid": np.ones(batch * length, bool),
+        "sequence": row_T + sequences.begin(forward)[0],
+        "position": position_T,
+        "token_id": inputs["token_id"].reshape(-1) if "token_id" in inputs else -1,
+        "valid": valid_T,
     }
+
+
+@lru_cache(maxsize=4)  # training repeats one shape
+def _grid(batch: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Row, position and validity of every token of whole sequences, [B·S] each, read-only."""
+    row_T, position_T, valid_T = np.repeat(np.arange(batch), length), np.tile(np.arange(length), batch), np.ones(batch * length, bool)
+    row_T.flags.writeable = position_T.flags.writeable = valid_T.flags.writeable = False
+    return row_T, position_T, valid_T
 
 
 def _per_sequence(domain: Sequence[str], batch: int) -> Sequence[str]:

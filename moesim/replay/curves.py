@@ -44,7 +44,7 @@ def miss_curves(
             Caches(rule, int(slots), layers=events.layers, experts=events.experts, scope=scope, warm=warm).replay(events).misses_L for slots in sizes
         ]
         return np.stack(found, axis=1) if found else np.zeros((events.layers, 0), np.int64)
-    from moesim.replay.kernels import stack
+    from moesim.replay.kernels import ranks, stack
     from moesim.replay.kernels.foresight import NEVER, next_uses
 
     found_LD = np.zeros((events.layers, ids + 1), np.int64)
@@ -52,13 +52,19 @@ def miss_curves(
     id_A = events.experts_A if scope == "layer" else events.layer_A * np.int32(events.experts) + events.experts_A
     layers = [np.flatnonzero(events.layer_N == layer) for layer in range(events.layers)]
     for event_M in layers if scope == "layer" else [np.arange(len(events))]:
-        most = ids
+        if rule.name == "lru":
+            size_M = np.diff(events.starts_N)[event_M]
+            most = int(size_M.max(initial=0))
+            ranks.recency_ranks(id_A, events.starts_N, event_M, ids, found_LD, events.layer_N)
+            found_LD[np.unique(events.layer_N[event_M]), : most + 1] = 0  # smaller caches follow another rule
+            if most <= ranks.WIDEST and np.isin(size_M, (0, most)).all():
+                ranks.overflow_depths(id_A, events.starts_N, event_M, ids, most, found_LD, events.layer_N)
+            else:
+                stack.lru(id_A, events.starts_N, event_M, next_A, ids, most, found_LD, events.layer_N)
+            continue
         if len(next_A):
             next_uses(id_A, events.starts_N, event_M, np.full(ids, NEVER), next_A)
-        elif rule.name == "lru":
-            most = int(np.diff(events.starts_N)[event_M].max(initial=0))
-            stack.recency_ranks(id_A, events.starts_N, event_M, ids, most, found_LD, events.layer_N)
-        getattr(stack, rule.name)(id_A, events.starts_N, event_M, next_A, ids, most, found_LD, events.layer_N)
+        getattr(stack, rule.name)(id_A, events.starts_N, event_M, next_A, ids, ids, found_LD, events.layer_N)
     if warm:
         _, first_A = np.unique(events.layer_A * np.int64(events.experts) + events.experts_A, return_index=True)
         for group in (

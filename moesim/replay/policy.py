@@ -250,10 +250,13 @@ class Lfru:
 
 @dataclass(frozen=True)
 class NextUse:
-    """Gives up the expert expected back last, from which experts followed which so far in the same layer."""
+    """Gives up the expert expected back last, from which experts followed which so far in the same layer.
+
+    `fade` had the least mean miss ratio of 0.1, 0.2 … 0.9 on the shipped `train-part` (prefill and decode; 16, 24, 32 of 64 slots).
+    """
 
     name: ClassVar[str] = "next-use"
-    fade: float = 0.5
+    fade: float = 0.2
 
     def cache(self, view: View) -> Made:
         """Learns as it goes."""

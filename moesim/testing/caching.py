@@ -27,8 +27,8 @@ _ELSEWHERE = """
 import pickle, sys
 from moesim.optimize.caching import plan_cache
 from moesim.testing.caching import fingerprint, sample_problem
-solver = pickle.loads(bytes.fromhex(sys.argv[1]))()
-print(fingerprint(plan_cache(sample_problem(300), solver=solver, seed=7, time_limit_s=60)))
+for made in sys.argv[1:]:
+    print(fingerprint(plan_cache(sample_problem(300), solver=pickle.loads(bytes.fromhex(made))(), seed=7, time_limit_s=60)))
 """
 
 
@@ -84,6 +84,13 @@ def fingerprint(solution: CacheSolution) -> str:
     return hashlib.sha256(solution.plan.digest.encode()).hexdigest()
 
 
+def fingerprints_elsewhere(*solvers: Callable[[], CacheSolver]) -> list[str]:
+    """What a process of its own finds with each solver for the suite's problem, seed 7."""
+    made = [pickle.dumps(solver).hex() for solver in solvers]
+    done = subprocess.run([sys.executable, "-c", _ELSEWHERE, *made], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
 class CachingSolverSuite:
     """What every caching solver must do; override `solver`, and `moves` for one whose experts never move."""
 
@@ -93,6 +100,10 @@ class CachingSolverSuite:
     def solve(self, problem: CacheProblem, *, seed: int = 0, time_limit_s: float = 30.0) -> CacheSolution:
         """One run through the same door as everybody: checks that the budget is kept, and every other limit."""
         return plan_cache(problem, solver=type(self).solver(), seed=seed, time_limit_s=time_limit_s)
+
+    def elsewhere(self) -> str:
+        """What the solver finds in another process; override to start one process for many solvers."""
+        return fingerprints_elsewhere(type(self).solver)[0]
 
     def test_it_says_what_it_is(self) -> None:
         """Name, kind, capabilities and requirements are there before anything is solved."""
@@ -117,9 +128,7 @@ class CachingSolverSuite:
         """Two runs here and one in a process of its own."""
         first, second = (fingerprint(self.solve(sample_problem(300), seed=7, time_limit_s=60)) for _ in range(2))
         assert first == second
-        made = pickle.dumps(type(self).solver).hex()
-        done = subprocess.run([sys.executable, "-c", _ELSEWHERE, made], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == first
+        assert self.elsewhere() == first
 
     def test_it_is_no_worse_than_equal_slots(self) -> None:
         """On the tokens it learnt from, a step waits no longer, on one device and in steps of many tokens."""

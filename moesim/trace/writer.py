@@ -169,7 +169,7 @@ class TraceWriter:
         name = f"part-{self.rank:05d}-{self._parts:06d}.parquet"
         table = pa.Table.from_batches(self._pending).unify_dictionaries()
         leaves = [f"{name}.list.element" if name.startswith(("experts_", "weights_")) else name for name in self._schema.names]
-        weights = [leaf for leaf in leaves if leaf.startswith("weights_")]
+        ids = [leaf for leaf in leaves if leaf.startswith("experts_")]
         temporary = self.path / f".{name}.tmp"
         try:
             with temporary.open("wb") as raw:
@@ -178,9 +178,10 @@ class TraceWriter:
                     table,
                     stream,
                     compression="zstd",
-                    # expert ids: few distinct values, so dictionary indices of ceil(log2 E) bits; weights: bytes split by significance
-                    use_dictionary=[leaf for leaf in leaves if leaf not in weights],
-                    column_encoding=dict.fromkeys(weights, "BYTE_STREAM_SPLIT") or None,
+                    # ids: bytes split by significance, which zstd's entropy coder takes below a dictionary's ceil(log2 E) bits;
+                    # weights stay plain, for DuckDB cannot read split bytes of 16-bit floats
+                    use_dictionary=[leaf for leaf in leaves if not leaf.endswith(".list.element")],
+                    column_encoding=dict.fromkeys(ids, "BYTE_STREAM_SPLIT"),
                     write_statistics=False,
                     row_group_size=1 << 17,
                 )
@@ -263,8 +264,10 @@ def _clean_ids(ids_TK: NDArray[Any], model: ModelSpec, layer: int) -> NDArray[np
     """[T, K] uint16 with 65535 for no selection; raises TraceError naming the first id out of range."""
     if not np.issubdtype(ids_TK.dtype, np.integer):
         raise TraceError(f"experts of layer {layer}: expected whole numbers, got {ids_TK.dtype}")
-    if ids_TK.dtype == np.uint16 and int((ids_TK + np.uint16(1)).max(initial=0)) <= model.experts:
-        return ids_TK  # as it should be; 65535 wraps to 0
+    if ids_TK.dtype == np.uint16:
+        signed = ids_TK.view(np.int16)  # 65535, no selection, reads as -1: no copy to look for the largest id
+        if signed.max(initial=-1) < model.experts and signed.min(initial=-1) >= -1:
+            return ids_TK
     none = ids_TK == NO_EXPERT if ids_TK.dtype.kind == "u" else (ids_TK == -1) | (ids_TK == NO_EXPERT)
     bad = ~none & ((ids_TK < 0) | (ids_TK >= model.experts))
     if bad.any():

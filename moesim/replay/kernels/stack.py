@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.jit import compiled, inlined, specialised
+from moesim.jit import inlined, specialised
 
 NEVER = 1 << 62
 OTHER, MEMBER, PLACED = 0, 1, 2
@@ -119,67 +119,6 @@ def walk_stack(
             d += 1
         for a in range(lo, hi):
             role_X[id_A[a]] = OTHER
-
-
-@inlined
-def ones(word: np.uint64) -> np.int64:
-    """Bits set (the compiler turns this into one instruction)."""
-    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
-
-
-@compiled
-def recency_ranks(
-    id_A: NDArray[np.int32],
-    starts_N: NDArray[np.int64],
-    event_M: NDArray[np.int64],
-    ids: int,
-    beyond: int,
-    found_LD: NDArray[np.int64],
-    row_N: NDArray[np.int32],
-) -> None:
-    """Add to `found_LD[row_N[n], d]` the accesses of event n whose expert is the d-th most recently used, d > `beyond`.
-
-    That is the depth for LRU caches that hold any whole event. A bit per use in order of time, only the last of each id set:
-    the rank of an id is the number of later bits, counted by words.
-    """
-    words = 2 * (ids // 64 + 1) + 1
-    word_W, id_T = np.zeros(words, np.uint64), np.empty(words * 64, np.int32)
-    time_X = np.full(ids, -1, np.int64)
-    now, one = 0, np.uint64(1)
-    for m in range(len(event_M)):
-        n = event_M[m]
-        lo, hi = starts_N[n], starts_N[n + 1]
-        if now + hi - lo > len(id_T):  # out of time: move the set bits to the front
-            kept = 0
-            for t in range(now):
-                if word_W[t >> 6] >> np.uint64(t & 63) & one:
-                    id_T[kept] = id_T[t]
-                    time_X[id_T[t]] = kept
-                    kept += 1
-            for w in range(words):
-                bits = min(64, max(0, kept - 64 * w))
-                word_W[w] = ~np.uint64(0) if bits == 64 else (one << np.uint64(bits)) - one
-            now = kept
-        for a in range(lo, hi):
-            t = time_X[id_A[a]]
-            if t >= 0:
-                rank = ones(word_W[t >> 6] >> np.uint64(t & 63))
-                for w in range((t >> 6) + 1, (now + 63) >> 6):
-                    rank += ones(word_W[w])
-                if rank > beyond:
-                    found_LD[row_N[n], rank] += 1
-        for a in range(lo, hi):
-            e = id_A[a]
-            t = time_X[e]
-            if t >= 0:
-                word_W[t >> 6] &= ~(one << np.uint64(t & 63))
-            word_W[now >> 6] |= one << np.uint64(now & 63)
-            time_X[e] = now
-            id_T[now] = e
-            now += 1
 
 
 @inlined

@@ -10,9 +10,10 @@ import math
 
 import numpy as np
 
-from moesim_solvers.placement.bits import Words, ones, random_unit
-from moesim_solvers.placement.jit import borrowed, compiled, inlined
+from moesim.jit import borrowed, compiled, inlined, ones
+from moesim_solvers.placement.bits import Words, random_unit
 from moesim_solvers.placement.state import (
+    Bools,
     Floats,
     Ints,
     Layer,
@@ -279,13 +280,24 @@ def anneal(
 
 
 @compiled
-def descend(layer: Layer, state: State) -> bool:
-    """Try every swap of two slots once, taking each that helps; returns whether one did."""
+def descend(layer: Layer, state: State, fresh_G: Bools) -> bool:
+    """Try every swap of two slots once, taking each that helps; returns whether one did.
+
+    Pairs of devices that are not fresh, and have not become so by a swap of this pass, are passed over: their last try failed and
+    little else has changed. `fresh_G` returns the devices this pass changed.
+    """
     layer, state = borrowed(layer), borrowed(state)
     work_4X = np.empty((4, state.home_EX.shape[1]), np.int64)
     slots = len(state.slots_P)
+    changed_G = np.zeros(len(fresh_G), np.bool_)
     better = False
     for i in range(slots):
+        g = layer.device_P[i]
         for j in range(i + 1, slots):
-            better |= attempt(layer, state, i, j, SWAP, layer.price_5[0], -1e-9, work_4X)
+            h = layer.device_P[j]
+            if not (fresh_G[g] or fresh_G[h] or changed_G[g] or changed_G[h]):
+                continue
+            if attempt(layer, state, i, j, SWAP, layer.price_5[0], -1e-9, work_4X):
+                changed_G[g] = changed_G[h] = better = True
+    fresh_G[:] = changed_G
     return better

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim_solvers.placement.jit import compiled
+from moesim.jit import compiled
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim_solvers.placement.jit import inlined
+from moesim.jit import inlined, ones
 
 Words = NDArray[np.uint64]
 
@@ -19,15 +19,6 @@ def packed(flags_RT: NDArray[np.bool_]) -> Words:
     bytes_RB = np.zeros((rows, 8 * -(-tokens // 64)), np.uint8)
     bytes_RB[:, : -(-tokens // 8)] = np.packbits(flags_RT, axis=1, bitorder="little")
     return bytes_RB.view(np.uint64)
-
-
-@inlined
-def ones(word: np.uint64) -> np.int64:
-    """Bits set (the compiler turns this into one instruction)."""
-    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
 @inlined

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.errors import InputError
+from moesim.jit import compiled
 from moesim.optimize import Capability, Problem, Progress, Solution, Status
-from moesim_solvers.placement.jit import compiled
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]

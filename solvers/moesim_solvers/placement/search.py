@@ -178,8 +178,14 @@ def search_slots(
             anneal(task.given, state, best_P, best_1, done, until, moves, HOT * step, cold * step, soft, firm)
             done = until
         state = _state(task.given, best_P, draw)
-        while time.monotonic() < stop_s and descend(task.given, state):
-            pass
+        fresh_G = np.ones(len(node_G), np.bool_)
+        while time.monotonic() < stop_s:
+            whole = bool(fresh_G.all())
+            if descend(task.given, state, fresh_G):
+                continue
+            if whole:
+                break
+            fresh_G[:] = True  # the end is an optimum only when a whole pass says so
         state = _state(task.given, state.slots_P, draw)
         if cost(task.given, state) < task.best_1[0]:
             task.best_P[:], task.best_1[0] = state.slots_P, cost(task.given, state)
@@ -229,7 +235,7 @@ def compile_kernels() -> None:
     state = _state(given, np.array([0, 1]), 0)
     typical_step(given, state, 1.0, 1)
     anneal(given, state, np.array([0, 1]), np.zeros(1), 0, 1, 1, 1.0, 1.0, 1.0, 1.0)
-    descend(given, state)
+    descend(given, state, np.ones(2, np.bool_))
 
 
 def _state(given: Layer, slots_P: NDArray[np.int64], draw: np.uint64 | int) -> State:

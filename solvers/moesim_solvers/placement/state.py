@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim_solvers.placement.bits import Words, ones, row_ones
-from moesim_solvers.placement.jit import compiled, inlined
+from moesim.jit import compiled, inlined, ones
+from moesim_solvers.placement.bits import Words, row_ones
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
