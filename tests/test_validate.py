@@ -26,6 +26,7 @@ from moesim.validate.agreement import correlation, errors, errors_by, rank_order
 from moesim.validate.calibrate import Calibration, calibrate
 from moesim.validate.naive import tokens_only
 from moesim.validate.score import layer_sums, rescore, rescore_file
+from moesim.validate.timing import Graphs
 from moesim.validate.validate import calibrate_for, validate
 from moesim.validate.weights import ExpertWeights
 
@@ -68,11 +69,14 @@ def test_ranks_and_placements_are_ranked_as_measured(trace: Trace, calibration: 
     assert measured["spread"] < measured["together"]
     assert found["ranking"]["plans"][0]["predicted_s"] == max(plan["predicted_s"] for plan in found["ranking"]["plans"])
     order = found["per_rank"]
-    if order["spread"] <= 2 * order["noise_floor"]:
-        assert "their order says nothing" in order["verdict"]
-    elif order["reliability"] >= 0.95:  # on a machine too busy to rank itself nothing else can
-        assert order["spearman"] >= 0.9
-    assert found["summary"]["median_ape"] < 0.5
+    assert order["spread"] > 1  # hot and cold ranks, small and large batches: no noise hides that
+    assert "rank correlation" in order["verdict"]
+    # nothing orders the ranks better than a machine orders them itself: below 0.95 the bar sinks with it, and not to nothing
+    assert order["reliability"] > 0.5
+    assert order["spearman"] >= 0.9 * min(1, order["reliability"] / 0.95)
+    assert found["models"]["moesim"]["median_ape"] < found["models"]["tokens-only"]["median_ape"]
+    assert found["summary"]["median_ape"] < 0.3
+    assert [batch["graphs"] for batch in found["batches"]] == [{"captured": 0, "eager": 0}] * 2
     assert {one["batch"] for one in found["rankings"]} == {200, 800}
     assert set(found["models"]) == {"moesim", "lockstep", "event", "tokens-only"}
     assert all(check["ok"] for check in found["checks"])
@@ -217,6 +221,13 @@ def test_calibration_recovers_what_it_measured() -> None:
     assert found.peak.flops > 1e9
     assert set(found.table["distribution"]) == {"counts"}
     assert found.to_dict()["measured_on"] == "28 random loads over 2 expert shapes"
+
+
+def test_calls_that_no_graph_captures_are_counted_and_said() -> None:
+    assert Graphs(captured=3, eager=0).note("batch") == ()
+    assert Graphs(captured=3, eager=2).note("batch") == (
+        "batch: 2 of 5 calls could not be captured in a CUDA graph; the host's launches are in their times",
+    )
 
 
 def test_errors_and_ranking_are_what_they_say() -> None:

@@ -44,8 +44,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """Kernel table from a .csv or .parquet file with AIConfigurator's column names.
 
     Columns kernel_source, moe_dtype, num_tokens, hidden_size, inter_size, topk, num_experts, distribution,
-    latency_ms and optionally gated, and cold (caches were written over before every call). Adds `gated` where missing (known plain shapes are not) and `dtype` in
-    moesim's spelling. Raises InputError naming file, column and row of the first fault.
+    latency_ms and optionally gated, and cold (caches were written over before every call). Adds `gated` where missing
+    (known plain shapes are not) and `dtype` in moesim's spelling. Raises InputError naming file, column and row of the first fault.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".parquet"):

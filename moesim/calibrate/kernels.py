@@ -50,6 +50,8 @@ _BOUNDS = {
     "reread": (0.0, 1.0, 0.3),
     "reread_cache": (0.05, 30.0, 1.0),
 }
+# A single unit is a processor's core: it launches its own work, from an interpreter, and libraries set up every product.
+_CORE_BOUNDS = _BOUNDS | {"launch_s": (1e-7, 2e-3, 1e-4), "token_s": (0.0, 2e-6, 300e-9), "memory_efficiency": (0.05, 1.0, 0.5)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +140,8 @@ def fit_kernel(table: pd.DataFrame, peak: ComputePeak, *, template: ExpertKernel
         raise InputError(f"{len(table)} rows with known counts cannot fix {len(free)} parameters of {kernel.name!r}; measure more")
     cases = _cases(table, kernel, draws)
     measured_R = np.log(table["latency_ms"].to_numpy(np.float64) * 1e-3)
-    least_P, most_P, scale_P = np.array([_BOUNDS[name] for name in free]).T
+    bounds = _CORE_BOUNDS if peak.units == 1 else _BOUNDS
+    least_P, most_P, scale_P = np.array([bounds[name] for name in free]).T
     start_P = np.array([getattr(kernel, name) for name in free])
     pull_P = _PULL * _SCATTER * math.sqrt(len(table)) / scale_P
 

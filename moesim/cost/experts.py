@@ -14,7 +14,8 @@ tokens into tiles of some rows; every tile walks over the expert's weights. Per 
     hollow  = tiles * sqrt(1 - selections/(tiles*rows))    tiles, weighted with their empty rows
     waves   = 1 + wave_tail * units/(blocks + units)       few blocks = tiles*cols/tile_columns leave units idle
 
-The layer adds activation traffic, routing per token and a launch cost. A cache that still holds the weights of the
+The layer adds activation traffic, routing per token and a launch cost; a loop sorts, gathers and combines as well, which
+costs its host as much as launching some experts. A cache that still holds the weights of the
 last call (`warm_cache`) serves the first walk too. Suffixes: N cases, E resident experts, X launches of a case
 (1, or E for style "loop").
 """
@@ -50,6 +51,7 @@ WEIGHT_B = {
 }
 VALID_KEYS = ("tokens", "hidden", "intermediate", "experts", "top_k")
 _MISS_SHARPNESS = 4.0
+_LOOP_LAUNCHES = 4.0  # of a layer beside its experts'
 _MAY_BE_ZERO = frozenset({"launch_s", "token_s", "prologue", "tile_overhead", "wave_tail", "partial_tile", "reread"})
 
 
@@ -79,7 +81,8 @@ class ExpertKernel:
 
     - fused: one launch, rows gathered inside the kernel (vLLM, SGLang, TensorRT-LLM).
     - grouped: one launch per product over all experts, rows permuted in memory before and after (torch grouped_mm).
-    - loop: one launch per active expert, nothing shared between experts (CPU, naive loops).
+    - loop: one launch per active expert, nothing shared between experts (CPU, naive loops); permuting and combining
+      cost a layer with any token as much as four more.
 
     `tile_rows[i]` is used while the rule's quantity is <= its i-th step, the last beyond; one rule of: `by_tokens`
     (tokens of the layer), `by_tokens_per_expert` (tokens / experts), `by_selections_per_expert` (tokens*top_k / experts).
@@ -300,7 +303,10 @@ def layer_time(load: TileLoad, shape: ExpertShape, peak: ComputePeak, kernel: Ex
     # bf16 rows in and out of both products; a permuted copy before and after costs each selection two more reads and writes
     moved_N1 = 2.0 * (2 * hidden_N1 + (gates_N1 + 1) * intermediate_N1 + (0 if kernel.style == "fused" else 4 * hidden_N1))
     activations_NX = load.selections_NX * moved_N1 / (peak.memory_Bps * kernel.activation_efficiency)
-    launch_N = kernel.launch_s * launches_NX.sum(axis=1) + kernel.token_s * load.tokens_N
+    launches_N = launches_NX.sum(axis=1)
+    if kernel.style == "loop":
+        launches_N = launches_N + _LOOP_LAUNCHES * (launches_N > 0)
+    launch_N = kernel.launch_s * launches_N + kernel.token_s * load.tokens_N
     return ExpertTime(
         time_s_N=launch_N + (products_NX + activations_NX).sum(axis=1),
         extrapolated_N=_outside(load, shape, kernel.valid),

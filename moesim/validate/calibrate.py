@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from moesim.validate.ceilings import fit_copies, measure_copies, measure_launch,
 from moesim.validate.kept import Kept
 from moesim.validate.layer import moe_layer
 from moesim.validate.machine import check_device, check_free, clocks, hardware, on_device
-from moesim.validate.timing import HOW, Progress, flush_size, measure
+from moesim.validate.timing import HOW, Call, Graphs, Progress, flush_size, measure
 from moesim.validate.weights import ACTIVATIONS, DTYPES, ExpertWeights
 
 PEAK = ("flops", "memory_Bps", "cache_B", "units")
@@ -34,6 +34,7 @@ class Calibration:
 
     copies      rows of `ceilings.measure_copies`, copy_fits what was fitted to them; empty unless `links` was asked for
     overlap     `ceilings.measure_overlap`
+    graphs      calls {captured, eager} of CUDA graphs (`timing.Graphs`)
     samples_s   every repeat of every row of `table`
     """
 
@@ -53,6 +54,7 @@ class Calibration:
     overlap: Mapping[str, float] = field(default_factory=dict)
     samples_s: Sequence[Sequence[float]] = ()
     clocks: Sequence[Mapping[str, Any]] = ()
+    graphs: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class Calibration:
             "measured_on": f"{len(self.table)} random loads over {len(shapes)} expert shapes",
             "table": self.table.to_dict("records"),
             "samples_s": [list(row) for row in self.samples_s],
+            "graphs": dict(self.graphs),
             "notes": list(self.notes),
         }
 
@@ -133,11 +136,13 @@ def calibrate(
     settings = {
         "what": "calibration", "device": device, "hardware": hardware(device), "backend": used, "dtype": dtype, "gated": gated, "experts": experts,
         "top_k": top_k, "most_tokens": most_tokens, "loads": loads, "repeats": repeats, "cold": cold, "links": links, "seed": seed,
+        "graphs": "counted",
     }  # fmt: skip
     kept = Kept(keep, settings)
     seen = [clocks(device)]
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
+    graphs = Graphs()
     with on_device(device, "calibration"):
         progress(0.0, "ceilings")
         peak = ComputePeak(**kept.step("peak", lambda: _values(measure_peak(device, dtype))))
@@ -149,7 +154,9 @@ def calibrate(
                 _measure_shape, drawn, hidden, intermediate, device=device, backend=used, dtype=dtype, gated=gated,
                 repeats=repeats, flush_B=flush_size(device) if cold else 0, seed=seed, progress=share,
             )  # fmt: skip
-            for (counts, tokens), seconds in zip(drawn, kept.step(f"experts {hidden}x{intermediate}", step), strict=True):
+            times, captured, eager = kept.step(f"experts {hidden}x{intermediate}", step)
+            graphs = Graphs(captured=graphs.captured + captured, eager=graphs.eager + eager)
+            for (counts, tokens), seconds in zip(drawn, times, strict=True):
                 rows.append(
                     {
                         "kernel_source": used,
@@ -187,7 +194,8 @@ def calibrate(
         overlap=overlap,
         samples_s=samples,
         clocks=[*seen, clocks(device)],
-        notes=notes,
+        graphs=asdict(graphs),
+        notes=(*notes, *graphs.note("calibration")),
     )
 
 
@@ -232,15 +240,33 @@ def _draw(rng: np.random.Generator, experts: int, top_k: int, most: int) -> tupl
 def _measure_shape(
     drawn: Sequence[tuple[Any, int]], hidden: int, intermediate: int, *, device: str, backend: Backend, dtype: str, gated: bool,
     repeats: int, flush_B: int, seed: int, progress: Progress,
-) -> list[list[float]]:  # fmt: skip
-    """Seconds of every repeat of every load of one expert shape."""
+) -> list[Any]:  # fmt: skip
+    """[seconds of every repeat of every load of one expert shape, calls captured in CUDA graphs, calls not], JSON-ready."""
     experts = len(drawn[0][0])
-    weights = ExpertWeights.random(
+    source = ExpertWeights.random(
         experts=experts, hidden=hidden, intermediate=intermediate, gated=gated, dtype=DTYPES[dtype], device=device, seed=seed
     )
-    calls = [partial(_call(counts, tokens, hidden, weights, device, ACTIVATIONS[dtype]), backend) for counts, tokens in drawn]
-    found: list[list[float]] = measure(calls, repeats=repeats, seed=seed, device=device, flush_B=flush_B, progress=progress).tolist()
-    return found
+    resident = source.like(experts)
+
+    def fill() -> None:  # as a rank's experts are put in place before it is executed, so that caches have seen the same
+        for expert in range(experts):
+            resident.put(expert, source, expert, non_blocking=True)
+
+    calls = [partial(_call(counts, tokens, hidden, resident, device, ACTIVATIONS[dtype]), backend) for counts, tokens in drawn]
+    graphs = Graphs()
+    found: list[list[float]] = measure(
+        calls, repeats=repeats, seed=seed, device=device, flush_B=flush_B, before=[fill] * len(calls),
+        awake=awakener(device, backend, dtype, gated), graphs=graphs, progress=progress,
+    ).tolist()  # fmt: skip
+    return [found, graphs.captured, graphs.eager]
+
+
+def awakener(device: str, backend: Backend, dtype: str, gated: bool) -> Call | None:
+    """A tiny layer that brings a processor's code back into its caches after a flush; None on a GPU, where a graph needs none."""
+    if device.startswith("cuda"):
+        return None
+    weights = ExpertWeights.random(experts=2, hidden=64, intermediate=64, gated=gated, dtype=DTYPES[dtype], device=device)
+    return partial(_call(np.array([1, 16]), 17, 64, weights, device, ACTIVATIONS[dtype]), backend)
 
 
 def _call(counts: Any, tokens: int, hidden: int, weights: ExpertWeights, device: str, dtype: torch.dtype) -> Callable[[Backend], object]:

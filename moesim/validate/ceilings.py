@@ -22,7 +22,10 @@ _LAUNCHES = 200
 
 
 def measure_peak(device: str, dtype: str, *, repeats: int = 5) -> ComputePeak:
-    """Ceilings of the device: one large GEMM, one large copy. Cache and units come from the system."""
+    """Ceilings of the device: one large GEMM, one large copy. Cache and units come from the system.
+
+    A CPU is one core with half the last-level cache: slots are filled by copying, which leaves source and slot in it.
+    """
     check_device(device)
     kind, cuda = ACTIVATIONS[dtype], device.startswith("cuda")
     side = 8192 if cuda else 768
@@ -31,7 +34,9 @@ def measure_peak(device: str, dtype: str, *, repeats: int = 5) -> ComputePeak:
     other = torch.empty_like(block)
     gemm, copy = measure([partial(torch.mm, a, b), partial(other.copy_, block)], repeats=repeats, device=device).min(axis=1)
     units = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
-    return ComputePeak(flops=float(2 * side**3 / gemm), memory_Bps=float(2 * block.nbytes / copy), cache_B=cache_B(device), units=units)
+    return ComputePeak(
+        flops=float(2 * side**3 / gemm), memory_Bps=float(2 * block.nbytes / copy), cache_B=cache_B(device) / (1 if cuda else 2), units=units
+    )
 
 
 def measure_launch(device: str) -> float:

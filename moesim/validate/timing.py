@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,25 @@ from moesim.validate.machine import cache_B
 
 Call = Callable[[], object]
 Progress = Callable[[float, str], None]
+
+
+@dataclass(kw_only=True, slots=True)
+class Graphs:
+    """How many timed calls were captured in CUDA graphs, and how many waited for the host and ran by themselves (`eager`)."""
+
+    captured: int = 0
+    eager: int = 0
+
+    def note(self, what: str) -> tuple[str, ...]:
+        """A remark where some calls could not be captured: their times hold the host's launches."""
+        calls = self.captured + self.eager
+        return (
+            (f"{what}: {self.eager} of {calls} calls could not be captured in a CUDA graph; the host's launches are in their times",)
+            if self.eager
+            else ()
+        )
+
+
 HOW = {
     "cpu": "processor time of one thread",
     "cuda": "CUDA events around a CUDA graph of the call, around the call itself where it cannot be captured",
@@ -28,14 +48,17 @@ def measure(
     device: str = "cpu",
     flush_B: int = 0,
     before: Sequence[Call] | None = None,
+    awake: Call | None = None,
+    graphs: Graphs | None = None,
     progress: Progress = lambda share, what: None,
 ) -> NDArray[np.float64]:
     """Seconds of each call, [calls, repeats].
 
     Calls are interleaved in random order, so that drift of clocks or load hits all alike, and warmed up once each.
     `before[i]` runs untimed before every run of call i; `flush_B` bytes are written after it, so that caches hold nobody's
-    weights. On CUDA the time between two events; on CPU one thread's processor time, which other programs on the machine do
-    not inflate.
+    weights; then `awake` runs untimed, so that a processor's caches hold the code again, as between layers of a model.
+    On CUDA the time between two events; on CPU one thread's processor time, which other programs on the machine do not
+    inflate. `graphs` counts calls that a CUDA graph captured, and those it could not.
     """
     rng = np.random.default_rng(seed)
     timed = _cuda_seconds if device.startswith("cuda") else _thread_seconds
@@ -50,13 +73,15 @@ def measure(
             if before:
                 before[index]()
             call()
-            ready.append(_graphed(call) if device.startswith("cuda") else call)
+            ready.append(_graphed(call, graphs or Graphs()) if device.startswith("cuda") else call)
         for repeat in range(repeats):
             for index in rng.permutation(len(calls)):
                 if before:
                     before[index]()
                 if flush_B:
                     scratch.add_(1.0)
+                    if awake:
+                        awake()
                 times[index, repeat] = timed(ready[index])
             progress((repeat + 1) / repeats, "")
     finally:
@@ -84,7 +109,7 @@ def _thread_seconds(call: Call) -> float:
     return time.thread_time() - begin
 
 
-def _graphed(call: Call) -> Call:
+def _graphed(call: Call, count: Graphs) -> Call:
     """The call as a CUDA graph, as engines run it, so that the host's launches are not timed; itself if it waits for the host."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -95,7 +120,9 @@ def _graphed(call: Call) -> Call:
         raise
     except RuntimeError:
         torch.cuda.synchronize()
+        count.eager += 1
         return call
+    count.captured += 1
     return graph.replay
 
 

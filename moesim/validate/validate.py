@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from moesim.model import ModelSpec
 from moesim.plan import Plan
 from moesim.trace import NO_EXPERT, Trace
 from moesim.validate.backends import Backend, pick_backend
-from moesim.validate.calibrate import Calibration, calibrate
+from moesim.validate.calibrate import Calibration, awakener, calibrate
 from moesim.validate.engines import Predicted, predict_plans
 from moesim.validate.kept import Kept
 from moesim.validate.layer import moe_layer
 from moesim.validate.machine import check_device, check_free, clocks, hardware, on_device
 from moesim.validate.ranks import Share, run, same_output, shares
 from moesim.validate.score import TARGET, predict_case, summarise
-from moesim.validate.timing import HOW, Progress, flush_size, measure
+from moesim.validate.timing import HOW, Graphs, Progress, flush_size, measure
 from moesim.validate.weights import ACTIVATIONS, DTYPES, ROUNDING, ExpertWeights
 
 MODELLED = "network between ranks: no bytes leave the device; dispatch and combine times over links are not part of any measured figure"
@@ -102,6 +102,7 @@ def validate(
     settings = {
         "what": "validation", "trace": trace.digest, "plans": [plan.digest for plan in plans], "shape": sizes.digest, "device": device,
         "hardware": hardware(device), "backend": used, "dtype": kind, "repeats": repeats, "cold": cold, "seed": seed, "layers": list(rows),
+        "graphs": "counted",
     }  # fmt: skip
     kept = Kept(keep, settings)
     before = clocks(device)
@@ -206,11 +207,11 @@ def _batch(setting: _Setting, size: int, progress: Progress) -> dict[str, Any]:
     ]
     cases = [_case(setting, share, engines) for share in work]
     predicted_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    deviation = 0.0
+    deviation, graphs = 0.0, Graphs()
     for index, (row, layer) in enumerate(setting.rows.items()):
         mine = [i for i, share in enumerate(work) if share.layer == row]
         share_of = partial(_part, progress, index / len(setting.rows), 1 / len(setting.rows), f"layer {layer}")
-        found, local, apart = _layer(setting, setting.weights(layer), [work[i] for i in mine], ids[:, row], gates[:, row], share_of)
+        found, local, apart = _layer(setting, setting.weights(layer), [work[i] for i in mine], ids[:, row], gates[:, row], graphs, share_of)
         deviation = max(deviation, apart)
         for i, samples, (gather_s, combine_s) in zip(mine, found, local, strict=True):
             cases[i] |= {"measured_s": float(np.median(samples)), "cv": float(samples.std() / samples.mean())}
@@ -224,7 +225,8 @@ def _batch(setting: _Setting, size: int, progress: Progress) -> dict[str, Any]:
         "deviation": deviation,
         "network_s": dict(zip([plan.name for plan in plans], network, strict=True)),
         "cases": [case for case in cases if case["tokens"]],  # a rank nobody sends tokens to takes no time, predicted and measured
-        "notes": notes,
+        "graphs": asdict(graphs),
+        "notes": [*notes, *graphs.note(f"batch of {size}")],
     }
 
 
@@ -246,8 +248,9 @@ def _case(setting: _Setting, share: Share, engines: Sequence[Predicted]) -> dict
 
 
 def _layer(
-    setting: _Setting, own: ExpertWeights, work: Sequence[Share], ids_TK: NDArray[np.uint16], gates_TK: NDArray[np.float32], progress: Progress
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    setting: _Setting, own: ExpertWeights, work: Sequence[Share], ids_TK: NDArray[np.uint16], gates_TK: NDArray[np.float32],
+    graphs: Graphs, progress: Progress,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:  # fmt: skip
     """Seconds of every rank's computation [shares, repeats], of its local gather and combine [shares, 2], and the deviation.
 
     One pool of slots and one of rows hold each rank's experts and tokens in turn, so memory does not grow with ranks and plans.
@@ -270,13 +273,14 @@ def _layer(
         deviation = _check_outputs(work, resident, fills, own, hidden, ids_TK, gates_TK, setting.backend)
         computing = [_quiet(partial(run, share, rows, mine, setting.backend)) for share, rows, mine in zip(work, received, resident, strict=True)]
         times = measure(
-            computing, repeats=setting.repeats, seed=setting.seed, device=device, flush_B=setting.flush_B, before=fills, progress=progress
-        )
+            computing, repeats=setting.repeats, seed=setting.seed, device=device, flush_B=setting.flush_B, before=fills,
+            awake=awakener(device, setting.backend, setting.dtype, own.gated), graphs=graphs, progress=progress,
+        )  # fmt: skip
         out = torch.zeros_like(hidden)
         local = [_quiet(partial(torch.index_select, hidden, 0, share.received_R)) for share in work]
         local += [_quiet(partial(out.index_add_, 0, share.received_R, rows)) for share, rows in zip(work, received, strict=True)]
         again = max(3, setting.repeats // 3)
-        moved = measure(local, repeats=again, seed=setting.seed, device=device, flush_B=setting.flush_B, before=[*fills, *fills])
+        moved = measure(local, repeats=again, seed=setting.seed, device=device, flush_B=setting.flush_B, before=[*fills, *fills], graphs=graphs)
     return times, np.median(moved, axis=1).reshape(2, -1).T, deviation
 
 
