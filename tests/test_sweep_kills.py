@@ -108,9 +108,15 @@ pytestmark = pytest.mark.slow
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes by /proc")
 
 
+# two seeds each: 22 kills in all
+
+
 @needs_proc
-def test_a_sweep_killed_three_times_and_its_workers_four_times_ends_as_if_nothing_had_happened(spec: Path, expected: bytes, tmp_path: Path) -> None:
-    luck, out, orphans = random.Random(0), tmp_path / "out", []
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_sweep_killed_three_times_and_its_workers_four_times_ends_as_if_nothing_had_happened(
+    spec: Path, expected: bytes, tmp_path: Path, seed: int
+) -> None:
+    luck, out, orphans = random.Random(seed), tmp_path / "out", []
     for kill in range(3):
         sweep = Running(spec, out, "--workers", 2)
         assert sweep.until(sweep.rows() + 1 + luck.randrange(10)), "the sweep was done before it could be killed; give it more cases"
@@ -172,8 +178,11 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         running.stop()
 
 
-def test_a_dask_cluster_whose_workers_are_killed_three_times_finds_the_same(spec: Path, expected: bytes, tmp_path: Path, cluster: Cluster) -> None:
-    luck, out = random.Random(1), tmp_path / "out"
+@pytest.mark.parametrize("seed", [2, 3])
+def test_a_dask_cluster_whose_workers_are_killed_three_times_finds_the_same(
+    spec: Path, expected: bytes, tmp_path: Path, cluster: Cluster, seed: int
+) -> None:
+    luck, out = random.Random(seed), tmp_path / "out"
     sweep = Running(spec, out, "--scheduler", cluster.address)
     assert sweep.until(3)
     sweep.kill()
