@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ import pytest
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from systems_cases import Writer, cluster_of, plan_of, writer_in, zipf_ids
 
 from moesim.cost import CostModel
 from moesim.cost.copies import ping_pong_s
 from moesim.cost.offload import Fetching, ahead_layer_s, fetching, on_demand_s, one_by_one_s
-from moesim.errors import InputError, ProfileError
+from moesim.errors import InputError, ProfileError, TraceError
 from moesim.files import write_json
 from moesim.hardware import Cluster, load_cluster, load_device, load_hosts
 from moesim.model import ModelSpec
@@ -31,6 +31,7 @@ from moesim.replay import All, Oracle, PreGated, Residual
 from moesim.replay import Path as WholePath
 from moesim.sim.event import EventResult, simulate_event
 from moesim.sim.residency import one_expert_s
+from moesim.studies.cases import Bench, Writer, cluster_of, plan_of, zipf_ids
 from moesim.systems import SYSTEMS, Planes, Residency
 from moesim.systems.fiddler import HOST
 from moesim.systems.residency import foreseeing
@@ -41,12 +42,13 @@ WAY = Fetching(alone_Bps=12e9, beside_Bps=10e9, migrate_s=20e-6, sync_s=50e-6)
 
 
 @pytest.fixture(scope="module")
-def write(tmp_path_factory: pytest.TempPathFactory) -> Writer:
-    return writer_in(tmp_path_factory.mktemp("traces"))
+def write() -> Iterator[Writer]:
+    with Bench() as bench:
+        yield bench.trace
 
 
 def hosted(devices: int = 1, host: str = "workstation") -> Cluster:
-    return replace(cluster_of("a100-80", 1, devices), host_G=(load_hosts()[host],) * devices)
+    return replace(cluster_of("a100-80", 1, devices, fitted=False), host_G=(load_hosts()[host],) * devices)
 
 
 def run(trace: Trace, residency: Residency | None, *, cluster: Cluster | None = None, tokens: int = 16, **options: Any) -> EventResult:
@@ -98,7 +100,7 @@ def test_one_by_one_is_ping_pong_with_two_buffers_and_more_buffers_are_never_slo
 @pytest.mark.parametrize("buffers", [1, 2, 3, None])
 @pytest.mark.parametrize("bandwidth_Bps", [1e10, 3e11])
 def test_the_engine_runs_experts_one_by_one_as_the_closed_form(write: Writer, buffers: int | None, bandwidth_Bps: float) -> None:
-    trace = write(MODEL, zipf_ids(64, 4, 16, 0.7))
+    trace = write(MODEL, zipf_ids(64, MODEL, 0.7))
     way = Fetching(alone_Bps=bandwidth_Bps, beside_Bps=bandwidth_Bps)
     event = run(trace, Residency(way=way, order="one-by-one", buffers=buffers), tokens=64)
     cost = CostModel.of(hosted(), MODEL)
@@ -112,7 +114,7 @@ def test_the_engine_runs_experts_one_by_one_as_the_closed_form(write: Writer, bu
 
 
 def test_what_fits_is_plain_and_what_is_not_named_is_on_demand(write: Writer) -> None:
-    trace = write(MODEL, zipf_ids(200, 4, 16, 0.5))
+    trace = write(MODEL, zipf_ids(200, MODEL, 0.5))
     plain = run(trace, None)
     whole = run(trace, Residency(share=1.0, warm=True, way=replace(WAY, sync_s=0.0)))
     np.testing.assert_array_equal(whole.step_s_S, plain.step_s_S)
@@ -126,7 +128,7 @@ def test_what_fits_is_plain_and_what_is_not_named_is_on_demand(write: Writer) ->
 @given(seed=st.integers(0, 99), share=st.sampled_from([None, 0.25, 0.5, 0.75]), policy=st.sampled_from(["lru", "fifo", "belady"]))
 @settings(max_examples=8)
 def test_knowing_a_layer_ahead_moves_copies_in_time_and_makes_none(write: Writer, seed: int, share: float | None, policy: str) -> None:
-    trace = write(MODEL, zipf_ids(60, 4, 16, 0.4, seed=seed))
+    trace = write(MODEL, zipf_ids(60, MODEL, 0.4, seed=seed))
     demand, known = (run(trace, Residency(share=share, policy=policy, way=WAY, prefetch=p), tokens=3).copies for p in (None, Oracle()))
     assert demand is not None
     assert known is not None
@@ -138,7 +140,7 @@ def test_knowing_a_layer_ahead_moves_copies_in_time_and_makes_none(write: Writer
 @given(seed=st.integers(0, 99), share=st.sampled_from([None, 0.25, 0.5]), recall=st.floats(0, 1), false=st.floats(0, 0.9), distance=st.integers(1, 3))
 @settings(max_examples=10)
 def test_experts_are_conserved(write: Writer, seed: int, share: float | None, recall: float, false: float, distance: int) -> None:
-    trace = write(MODEL, zipf_ids(100, 4, 16, 0.6, seed=seed))
+    trace = write(MODEL, zipf_ids(100, MODEL, 0.6, seed=seed))
     for prefetch in (Oracle(recall=recall, false=false, distance=distance), WholePath(recall=recall, false=false), All()):
         event = run(trace, Residency(share=share, way=WAY, prefetch=prefetch, seed=seed))
         found = event.copies
@@ -155,7 +157,7 @@ def test_experts_are_conserved(write: Writer, seed: int, share: float | None, re
 
 
 def test_faster_copies_and_more_slots_are_never_slower_and_recall_pays(write: Writer) -> None:
-    trace = write(MODEL, zipf_ids(320, 4, 16, 0.8))
+    trace = write(MODEL, zipf_ids(320, MODEL, 0.8))
     ways = [replace(WAY, alone_Bps=b, beside_Bps=b) for b in (1e9, 4e9, 1.6e10, 1e11)]
     for prefetch in (None, Oracle(recall=0.7, false=0.2)):
         times = [run(trace, Residency(share=0.5, way=way, prefetch=prefetch)).step_s_S.sum() for way in ways]
@@ -271,7 +273,7 @@ def test_planes_are_bits_of_what_each_expert_wants(write: Writer) -> None:
     assert planes.wanted(tokens).tolist() == [1, 3, 1, 2]
     assert Planes(bits=(4.0,)).wanted(tokens).tolist() == [1] * 4
     assert Planes(bits=(1.0, 1.0), hot=1.0).wanted(tokens).tolist() == [2] * 4
-    trace = write(MODEL, zipf_ids(64, 4, 16, 0.9))
+    trace = write(MODEL, zipf_ids(64, MODEL, 0.9))
     nested, apart = (
         run(trace, Residency(way=WAY, order="one-by-one", buffers=None, planes=replace(planes, nested=n)), tokens=64) for n in (True, False)
     )
@@ -301,7 +303,7 @@ def test_profiles_feed_devices_from_their_own_memory_or_their_host() -> None:
 def test_what_is_wrong_is_said(write: Writer) -> None:
     trace = cycle(write, 2)
     with pytest.raises(ProfileError, match="device 0 has no host; name one in its"):
-        run(trace, Residency(), cluster=cluster_of("a100-80", 1, 1))
+        run(trace, Residency(), cluster=cluster_of("a100-80", 1, 1, fitted=False))
     with pytest.raises(ProfileError, match="has no 'nvme'; it has ddr"):
         run(trace, Residency(tier="nvme"), cluster=hosted(1, "dgx-a100"))
     with pytest.raises(InputError, match="slots of -1"):
@@ -314,7 +316,7 @@ def test_what_is_wrong_is_said(write: Writer) -> None:
         Residency(share=0.5, slots_LG=np.ones((4, 1), int))
     with pytest.raises(InputError, match=r"slots for \(2, 1\) layers and devices, the placement has \(4, 1\)"):
         run(trace, Residency(slots_LG=np.ones((2, 1), int)))
-    fpga = replace(cluster_of("a100-80", 1, 1), devices=(load_device("zcu104"),))
+    fpga = replace(cluster_of("a100-80", 1, 1, fitted=False), devices=(load_device("zcu104"),))
     with pytest.raises(InputError, match=r"0 slots and 2 buffers of 3.15 MB do not fit the memory on the chip of device 0 \(zcu104\), 4.98 MB"):
         run(trace, Residency(order="one-by-one"), cluster=fpga)
     huge = replace(MODEL, hidden=1 << 17, intermediate=1 << 18)
@@ -322,6 +324,9 @@ def test_what_is_wrong_is_said(write: Writer) -> None:
         run(write(huge, np.zeros((16, 4, 1), int)), Residency())
     with pytest.raises(InputError, match="inference only"):
         run(trace, Residency(way=WAY), mode="training")
+    for residency in (None, Residency(way=WAY)):
+        with pytest.raises(TraceError, match="holds no tokens, so there is no step to run"):
+            run(write(MODEL, np.zeros((0, 4, 1), int)), residency)
     with pytest.raises(InputError, match="one-by-one"):
         Residency(planes=Planes(bits=(2.0,)))
     with pytest.raises(InputError, match="prefetcher 'affinity' is not made from a distance and a recall"):
@@ -342,7 +347,7 @@ def files_of(trace: Trace, out: Path) -> tuple[str, ...]:
 
 
 def test_two_processes_write_the_same_bytes(write: Writer, tmp_path: Path) -> None:
-    trace = write(MODEL, zipf_ids(100, 4, 16, 0.6))
+    trace = write(MODEL, zipf_ids(100, MODEL, 0.6))
     script = f"""
 import sys
 from pathlib import Path

@@ -159,11 +159,14 @@ class HostCompute:
 
     flops, memory_Bps   of the host's cores at the expert's arithmetic, as reached (not peaks)
     launch_s            per expert: to hand it over and back
+    beside              host and device share a layer's missing experts so that the later of both ends soonest (`shared_with_host`);
+                        otherwise the host takes every expert that it alone computes sooner than the device copies and computes it
     """
 
     flops: float
     memory_Bps: float
     launch_s: float = 0.0
+    beside: bool = False
 
     def __post_init__(self) -> None:
         if not (self.flops > 0 and self.memory_Bps > 0 and self.launch_s >= 0):
@@ -177,6 +180,32 @@ class HostCompute:
         tokens = np.asarray(tokens_N, np.float64)
         each_s = 2 * parameters / self.flops + moved_B / link_Bps
         return np.where(tokens > 0, self.launch_s + expert_B / self.memory_Bps + tokens * each_s, 0.0)
+
+
+def shared_with_host(host_s_A: ArrayLike, device_s_A: ArrayLike, event_A: ArrayLike, resident_s_N: ArrayLike) -> NDArray[np.bool_]:
+    """Which of the missing experts A of events N the host computes while the device copies and computes the others.
+
+    Those it is best at relative to the device, as many of them as make `max(sum host, resident + sum device)` least; ties go to the
+    device. Every choice by a ratio of both times is among those tried, so none ends sooner; with experts that can be cut this is
+    the optimum (two unrelated machines, a fractional knapsack). `event_A` names each expert's event.
+    """
+    host_s, device_s, resident_s = (np.asarray(each, np.float64) for each in (host_s_A, device_s_A, resident_s_N))
+    event = np.asarray(event_A, np.int64)
+    order = np.lexsort((host_s / device_s, event))
+    event, host_s, device_s = event[order], host_s[order], device_s[order]
+    total_N = np.bincount(event, device_s, minlength=len(resident_s)) + resident_s
+    first_N = np.searchsorted(event, np.arange(len(resident_s)))
+    before_host, before_device = np.cumsum(host_s) - host_s, np.cumsum(device_s) - device_s
+    at = first_N[event]
+    ends_s = np.maximum(before_host + host_s - before_host[at], total_N[event] - (before_device + device_s - before_device[at]))
+    best_N = total_N.copy()  # the device computes all
+    np.minimum.at(best_N, event, ends_s)
+    least = (ends_s == best_N[event]) & (best_N < total_N)[event]
+    last_N = np.full(len(resident_s), len(event))
+    np.minimum.at(last_N, event[least], np.flatnonzero(least))
+    found = np.zeros(len(event), bool)
+    found[order] = (np.arange(len(event)) <= last_N[event]) & (last_N < len(event))[event]
+    return found
 
 
 def crossover(host_s_N: ArrayLike, device_s_N: ArrayLike) -> int:
@@ -213,4 +242,5 @@ __all__ = [
     "on_demand_s",
     "one_by_one_s",
     "own_memory",
+    "shared_with_host",
 ]

@@ -74,7 +74,9 @@ class View(NamedTuple):
 class Compiled(Protocol):
     """A policy whose event loop is compiled."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As reports call it."""
 
     def cache(self, view: View) -> Made:
         """(kernel, state) for one cache; the kernel has the arguments of `replay_cache`."""
@@ -243,9 +245,9 @@ class Lfru:
 
     def cache(self, view: View) -> Made:
         """Count over age."""
-        from moesim.replay.kernels import counting
+        from moesim.replay.kernels import appraised
 
-        return counting.lfru, counting.new_counts(len(view.size_X), view.capacity)
+        return appraised.lfru, appraised.new_rates(len(view.size_X), view.capacity)
 
 
 @dataclass(frozen=True)
@@ -260,9 +262,9 @@ class NextUse:
 
     def cache(self, view: View) -> Made:
         """Learns as it goes."""
-        from moesim.replay.kernels import counting
+        from moesim.replay.kernels import appraised
 
-        return counting.next_use, counting.new_chain(len(view.size_X), view.capacity, view.experts, self.fade)
+        return appraised.next_use, appraised.new_chain(len(view.size_X), view.capacity, view.experts, self.fade)
 
 
 @dataclass(frozen=True)
@@ -315,6 +317,29 @@ class Optimal:
         from moesim.replay.kernels import foresight
 
         return foresight.optimal, foresight.new_future(view.feed, len(view.size_X), view.capacity)
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """Belady's rule over what is queued: the next `window` events of every layer are known, and beyond them it is LRU.
+
+    What a system can do whose router runs before the model (Read-ME, arXiv 2410.19123). Raises InputError for a negative window.
+    """
+
+    name: ClassVar[str] = "lookahead"
+    foresight: ClassVar[bool] = True
+    window: int = 2
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise InputError(f"policy {self.name!r}: window(={self.window}) must be >= 0 steps")
+
+    def cache(self, view: View) -> Made:
+        """Events come into sight one by one."""
+        from moesim.replay.kernels import lookahead
+
+        layers = len(view.size_X) // view.experts
+        return lookahead.lookahead, lookahead.new_ahead(view.feed, len(view.size_X), view.capacity, self.window * layers)
 
 
 @cache

@@ -59,10 +59,14 @@ class Oracle:
         if self.distance < 0:
             raise InputError(f"prefetcher {self.name!r}: distance(={self.distance}) must be >= 0")
 
+    def _lead(self, layer_N: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Layers by which each event is foretold; 0: not at all."""
+        return layer_N if self.distance == 0 else np.where(layer_N >= self.distance, self.distance, 0).astype(np.int32)
+
     def predict(self, events: Events, *, seed: int = 0) -> Prefetches:
         """Draws afresh for every access."""
         rng = np.random.default_rng(seed)
-        ahead_N = events.layer_N if self.distance == 0 else np.where(events.layer_N >= self.distance, self.distance, 0)
+        ahead_N = self._lead(events.layer_N)
         event_A = np.repeat(np.arange(len(events)), np.diff(events.starts_N))
         keep_A = (rng.random(events.accesses) < self.recall) & (ahead_N[event_A] > 0)
         right_N = np.bincount(event_A[keep_A], minlength=len(events))
@@ -101,11 +105,17 @@ class Path(Oracle):
 
 @dataclass(frozen=True, kw_only=True)
 class Residual(Oracle):
-    """Routes foretold from the residual stream `distance` layers early (M2R2), with the recall it has there."""
+    """Routes foretold from the residual stream `distance` layers early (M2R2), with the recall it has there.
+
+    The stream runs from a step's begin on: layers nearer than `distance` are foretold then, all but the first.
+    """
 
     name: ClassVar[str] = "residual"
     recall: float = 0.9
     distance: int = 2
+
+    def _lead(self, layer_N: NDArray[np.int32]) -> NDArray[np.int32]:
+        return layer_N if self.distance == 0 else np.minimum(layer_N, self.distance)
 
 
 @dataclass(frozen=True)

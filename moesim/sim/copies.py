@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,15 @@ class CopyUse:
         }
 
 
+class Piece(NamedTuple):
+    """What is loaded and computed in turn: bytes to load (0: in place), whether from the SSD, seconds to compute, and what it is."""
+
+    load_B: float
+    stored: bool
+    compute_s: float
+    about: str
+
+
 class Fetcher:
     """Makes the copy tasks of a run, layer by layer in order. `timely` counts experts copied ahead that had come in time."""
 
@@ -82,6 +92,7 @@ class Fetcher:
         self._devices = range(len(stay.ways_G))
         self._ahead: dict[Label, dict[int, Task]] = {}
         self._judged: list[tuple[Task, Task, float]] = []  # copy ahead, what asked, its experts
+        self._loaded_B = self._stored_B = 0.0  # one by one, in the planes that were wanted
         self._on_chip = [stay.residency.way is None and is_main(d, stay.residency.tier) for d in cost.cluster.devices]
 
     def asked(self, tasks: list[Task], label: Label, gates_G: Sequence[Sequence[Task]]) -> list[tuple[Task, ...]]:
@@ -124,17 +135,20 @@ class Fetcher:
         made = [Task("experts", "compute", compute_s, after, device=g, label=label, chunk=chunk)]
         tasks += made
         if self._residency.host is not None and chunk == 0:
-            made += self._on_host(tasks, label, g, after, tokens_X)
+            made += self._on_host(tasks, label, g, [task for task in after if task.kind != "fetch"], tokens_X)  # no host waits for copies
         return made
 
     def experts_s(self, step: int, layer: int, g: int, tokens_X: Floats) -> float:
         """Seconds of a device's experts one by one, without waiting."""
-        return sum(compute for _, compute, _ in self._pieces(step, layer, g, tokens_X))
+        return sum(piece.compute_s for piece in self._pieces(step, layer, g, tokens_X))
 
     def use(self) -> CopyUse:
         """Sums of the run; call it when all tasks have ended."""
         self._judge()
         copies, found_G = self.stay.copies, self.stay.found_G
+        demand_B, stored_B = float(copies.demand_B_SLG.sum()), float(copies.demand_stored_B_SLG.sum())
+        if self._residency.order == "one-by-one":
+            demand_B, stored_B = self._loaded_B, self._stored_B
         return CopyUse(
             asked=int(copies.asked_SLG.sum()),
             hits=int(copies.hits_SLG.sum()),
@@ -143,10 +157,10 @@ class Fetcher:
             on_host=int(sum(found.host_A.sum() for found in found_G)),
             known=int(copies.known_SLG.sum()),
             timely=self.timely,
-            demand_B=float(copies.demand_B_SLG.sum()),
+            demand_B=demand_B,
             ahead_B=float((copies.known_B_SLG + copies.vain_B_SLG).sum()),
             wrong_B=float(copies.vain_B_SLG.sum()),
-            stored_B=float((copies.demand_stored_B_SLG + copies.known_stored_B_SLG + copies.vain_stored_B_SLG).sum()),
+            stored_B=stored_B + float((copies.known_stored_B_SLG + copies.vain_stored_B_SLG).sum()),
         )
 
     def _fetch_ahead(self, tasks: list[Task], label: Label, g: int, after: Sequence[Task]) -> None:
@@ -213,44 +227,49 @@ class Fetcher:
                 self.timely += float(np.floor((gate.end - copy.start) / (copy.end - copy.start) * count))
         self._judged = left
 
-    def _pieces(self, step: int, layer: int, g: int, tokens_X: Floats) -> list[tuple[float, float, str]]:
-        """(bytes to load, seconds to compute, name) of a layer's experts on a device in order: those in place first."""
+    def _pieces(self, step: int, layer: int, g: int, tokens_X: Floats) -> list[Piece]:
+        """A layer's experts on a device in order, those in place first."""
         found, residency, device = self.stay.found_G[g], self._residency, self._cost.cluster.devices[g]
         event = step * self._layers + layer
         own = slice(*found.events.starts_N[event : event + 2])
-        slot_A, hit_A = found.events.experts_A[own], found.hit_A[own]
+        slot_A, hit_A, stored_A = found.events.experts_A[own], found.hit_A[own], found.stored_A[own]
         expert_A, tokens_A = found.expert_LX[layer, slot_A], found.tokens_X(layer, tokens_X)[slot_A]
         planes = residency.planes
         order = np.lexsort((expert_A, -tokens_A if planes and planes.hottest_first else 0 * tokens_A, ~hit_A))
         if planes is None:
             spent_A = one_expert_s(self._cost, device.name, tokens_A, on_chip=self._on_chip[g])
             size_A = np.where(hit_A, 0.0, found.size_B_A[own])
-            return [(float(size_A[i]), float(spent_A[i]), f"expert {expert_A[i]}") for i in order.tolist()]
+            return [Piece(float(size_A[i]), bool(stored_A[i]), float(spent_A[i]), f"expert {expert_A[i]}") for i in order.tolist()]
         wanted_A = planes.wanted(tokens_A)
         spent_A = one_expert_s(self._cost, device.name, tokens_A / wanted_A, on_chip=self._on_chip[g]) * planes.dequant
         bits = planes.bits if planes.nested else tuple(np.cumsum(planes.bits).tolist())
         plane_B = [self._cost.model.expert_parameters * b / 8 for b in bits]
-        return [
-            (0.0 if hit_A[i] else plane_B[p], float(spent_A[i]), f"plane {p} of expert {expert_A[i]}")
-            for i in order.tolist()
-            for p in range(int(wanted_A[i]))
-        ]
+        pieces: list[Piece] = []
+        for i in order.tolist():
+            wanted, spent_s, stored, name = int(wanted_A[i]), float(spent_A[i]), bool(stored_A[i]), f"expert {expert_A[i]}"
+            sizes_B = [0.0] * wanted if hit_A[i] else plane_B[:wanted]
+            if planes.progressive:
+                pieces += [Piece(size_B, stored, spent_s, f"plane {plane} of {name}") for plane, size_B in enumerate(sizes_B)]
+            else:
+                pieces.append(Piece(sum(sizes_B), stored, spent_s * wanted, f"{wanted} planes of {name}"))
+        return pieces
 
     def _one_by_one(self, tasks: list[Task], label: Label, g: int, after: Sequence[Task], gate: Sequence[Task], tokens_X: Floats) -> list[Task]:
         step, layer = label
         way, buffers = self.stay.ways_G[g], self._residency.buffers
-        stored = bool(np.isfinite(way.storage_Bps))
         computed: list[Task] = []
         loading: Sequence[Task] = gate
-        for size_B, compute_s, name in self._pieces(step, layer, g, tokens_X):
+        for load_B, stored, compute_s, name in self._pieces(step, layer, g, tokens_X):
             waits = list(after)
-            if size_B:
+            if load_B:
                 free = computed[-buffers] if buffers is not None and len(computed) >= buffers else None
                 asks = (*loading, free) if free is not None else loading
-                work_s = float(way.demand_s(size_B))
-                load = self._copy(tasks, "fetch", label, g, work_s, size_B if stored else 0.0, asks, about=f"load {name} of layer {layer}")
-                loading = (load,)
+                stored_B = load_B if stored else 0.0
+                load = self._copy(tasks, "fetch", label, g, float(way.demand_s(load_B)), stored_B, asks, about=f"load {name} of layer {layer}")
+                loading = load.after if stored else (load,)  # the next is read while this one is copied
                 waits.append(load)
+                self._loaded_B += load_B
+                self._stored_B += stored_B
             made = Task("experts", "compute", compute_s, waits, device=g, label=label, chunk=len(computed), about=f"{name} of layer {layer}")
             tasks.append(made)
             computed.append(made)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moesim.cost import CostModel
 from moesim.cost.experts import expert_time_s
 from moesim.cost.fitted import main_memory
-from moesim.cost.offload import Fetching, fetching, is_main, on_chip_B, own_memory
+from moesim.cost.offload import Fetching, fetching, is_main, on_chip_B, own_memory, shared_with_host
 from moesim.errors import InputError
 from moesim.plan import Placement
 from moesim.replay import EVICT, PREFETCH, STREAM, Events, Replay, load_policy, replay
@@ -261,7 +261,8 @@ def _found(
     if tokens_SLX is not None:
         tokens_SLF = np.zeros(tokens_SLX.shape)
         np.add.at(tokens_SLF, (s, l, first_LX[l, x]), tokens_SLX[s, l, x])
-        host_A = ~hit_A & sooner_on_host(residency, cost, g, tokens_SLF.reshape(-1, slots)[event_A, slot_A], size_B_A, stored_A, way)
+        copy_s_A = np.where(stored_A, way.demand_s(size_B_A, stored=True), way.demand_s(size_B_A))
+        host_A = _on_host(residency, cost, g, event_A, tokens_SLF.reshape(-1, slots)[event_A, slot_A], hit_A, copy_s_A, way.alone_Bps)
     found = Found(
         events=events,
         hit_A=hit_A,
@@ -278,14 +279,20 @@ def _found(
     )
     remarks = (
         *run.notes,
-        *([f"policy {run.policy!r} knows the whole run ahead; it bounds what others reach"] if knows_all(residency.policy) else []),
+        *_foreseen(residency.policy),
     )
     return found, remarks
 
 
-def knows_all(policy: str) -> bool:
-    """True for a policy that no running system can follow, since it needs the future."""
-    return bool(getattr(load_policy(policy), "foresight", False))
+def _foreseen(policy: str) -> list[str]:
+    """A remark on a policy that no running system can follow, since it needs the future, or that needs a queue of routed requests."""
+    found = load_policy(policy)
+    if not getattr(found, "foresight", False):
+        return []
+    window = getattr(found, "window", None)
+    if window is None:
+        return [f"policy {policy!r} knows the whole run ahead; it bounds what others reach"]
+    return [f"policy {policy!r} knows the next {window} steps, which takes a queue of requests routed before they run"]
 
 
 def _copied_ahead(residency: Residency, run: Replay, event_A: Whole, pinned_LX: Bools) -> tuple[Bools, tuple[Whole, Whole]]:
@@ -314,20 +321,25 @@ def _copied_ahead(residency: Residency, run: Replay, event_A: Whole, pinned_LX: 
     return np.isin(key_A, key_F[~in_place_F]) & ~stayed_A, (event_F[vain], expert_F[vain])
 
 
-def sooner_on_host(residency: Residency, cost: CostModel, g: int, tokens_A: Floats, size_B_A: Floats, stored_A: Bools, way: Fetching) -> Bools:
-    """True where the host computes an expert with these tokens sooner than the device copies and computes it."""
-    assert residency.host is not None
-    device, model = cost.cluster.devices[g], cost.model
-    host_s_A = residency.host.expert_s(
+def _on_host(
+    residency: Residency, cost: CostModel, g: int, event_A: Whole, tokens_A: Floats, hit_A: Bools, copy_s_A: Floats, link_Bps: float
+) -> Bools:
+    """True for missing experts that the host computes: where it is sooner than copy and device, or beside them (`HostCompute.beside`)."""
+    host, model = residency.host, cost.model
+    assert host is not None
+    host_s_A = host.expert_s(
         tokens_A,
         parameters=model.expert_parameters,
         expert_B=model.expert_B,
         moved_B=2 * model.hidden * model.activation_bits / 8,
-        link_Bps=way.alone_Bps,
+        link_Bps=link_Bps,
     )
-    alone_s_A = one_expert_s(cost, device.name, tokens_A)
-    copy_s_A = np.where(stored_A, way.demand_s(size_B_A, stored=True), way.demand_s(size_B_A))
-    return np.asarray(host_s_A < copy_s_A + alone_s_A)
+    alone_s_A = one_expert_s(cost, cost.cluster.devices[g].name, tokens_A)
+    found_A = ~hit_A & (host_s_A < copy_s_A + alone_s_A)
+    if host.beside and not hit_A.all():
+        resident_s_N = np.bincount(event_A, alone_s_A * hit_A, minlength=int(event_A.max()) + 1)
+        found_A[~hit_A] = shared_with_host(host_s_A[~hit_A], (copy_s_A + alone_s_A)[~hit_A], event_A[~hit_A], resident_s_N)
+    return found_A
 
 
 def one_expert_s(cost: CostModel, device: str, tokens_N: Floats, *, on_chip: bool = False) -> Floats:
@@ -369,4 +381,4 @@ def _copies(found_G: list[Found], steps: int, layers: int) -> Copies:
     )
 
 
-__all__ = ["Copies", "Found", "Stay", "one_expert_s", "settle", "sooner_on_host"]
+__all__ = ["Copies", "Found", "Stay", "one_expert_s", "settle"]

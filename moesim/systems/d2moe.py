@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from moesim.systems.mechanisms import System
 from moesim.systems.residency import Planes, Residency
 
 
 def make(
-    *, share: float | None = 0.25, bits: tuple[float, ...] = (2.0, 1.0, 1.0), hot: float = 0.25, hottest_first: bool = True, nested: bool = True
+    *,
+    share: float | None = 0.25,
+    bits: tuple[float, ...] = (2.0, 1.0, 1.0),
+    hot: float = 0.25,
+    hottest_first: bool = True,
+    progressive: bool = True,
+    nested: bool = True,
 ) -> System:
-    """D2MoE with slots for `share` of the experts at all planes of `bits`; the `hot` share of a layer's experts wants them all."""
+    """D2MoE with memory for `share` of the experts at all planes of `bits`; the `hot` share of a layer's experts wants them all.
+
+    Without nested planes an expert takes every precision's copy, so that the same memory holds fewer.
+    """
+    if share is not None and not nested:
+        share *= sum(bits) / float(np.cumsum(bits).sum())
     return System(
         name="d2moe",
         title="D2MoE, nested bit planes loaded hottest first",
@@ -22,7 +35,7 @@ def make(
             buffers=None,
             bits=sum(bits),
             tier="nvme",
-            planes=Planes(bits=bits, hot=hot, hottest_first=hottest_first, nested=nested, dequant=1.1),
+            planes=Planes(bits=bits, hot=hot, hottest_first=hottest_first, progressive=progressive, nested=nested, dequant=1.1),
         ),
     )
 

@@ -8,7 +8,10 @@ from moesim.systems.residency import Residency
 
 
 def make(*, share: float | None = 0.5, distance: int = 2, recall: float = 0.9, false: float = 0.1) -> System:
-    """M2R2 that names `recall` of the experts `distance` layers early; a share `false` of what it names is not needed."""
+    """M2R2 that names `recall` of the experts `distance` layers early; a share `false` of what it names is not needed.
+
+    The first `distance` layers but one are named when a step begins (assumed: the stream passes their gates first).
+    """
     return System(
         name="m2r2",
         title="M2R2, routes known early from an accelerated residual stream",

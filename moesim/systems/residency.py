@@ -23,7 +23,7 @@ FORESEEING = (Oracle, PreGated, Path, Residual)  # prefetchers that need no more
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planes:
-    """Weights in bit planes, the lowest first: an expert can be used once as many as its tokens want have come.
+    """Weights in bit planes, the lowest first. Tokens of an expert want different numbers of them.
 
     bits     of each plane; the first is usable alone
     hot      share of a layer's experts, by tokens of the step, that want every plane; the coldest want the first alone, those
@@ -31,6 +31,7 @@ class Planes:
     dequant  time of a computation from planes over that of plain weights of its bits
     nested   planes add up; otherwise every precision is a copy of its own
     hottest_first  experts with most tokens are loaded first; otherwise in order of their ids
+    progressive    tokens are computed as soon as the planes that they want have come; otherwise when all of the expert's have
     """
 
     bits: tuple[float, ...]
@@ -38,6 +39,7 @@ class Planes:
     dequant: float = 1.0
     nested: bool = True
     hottest_first: bool = True
+    progressive: bool = True
 
     def __post_init__(self) -> None:
         if not self.bits or not all(bit > 0 for bit in self.bits) or not 0 <= self.hot <= 1 or not self.dequant > 0:
@@ -69,7 +71,7 @@ class Residency:
     bulk         the experts of a layer lie together, and are copied ahead as one
     order        grouped: a layer's copies together, then its experts; one-by-one: each expert when it has come, through `buffers`
     planes       bit planes, one by one only
-    host         a host that computes missing experts where that is sooner than their copy
+    host         a host that computes missing experts where that is sooner than their copy, or beside the copies of others
     way          how copies run, where it was measured; None: from the profiles of the cluster
     """
 
@@ -149,7 +151,9 @@ class Residency:
                 f"weights in {'nested' if self.planes.nested else 'separate'} planes of {', '.join(f'{b:g}' for b in self.planes.bits)} bits"
             )
         if self.host:
-            found.append("the host computes missing experts where that is sooner than a copy")
+            found.append(
+                f"the host computes missing experts {'beside the copies of others' if self.host.beside else 'where that is sooner than a copy'}"
+            )
         return found
 
     def slots(self, held_LG: NDArray[np.integer]) -> NDArray[np.int64]:
