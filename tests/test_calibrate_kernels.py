@@ -84,6 +84,17 @@ def test_balanced_counts_are_as_even_as_integers_allow(experts: int, top_k: int,
     assert counts_E.max() - counts_E.min() <= 1
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 12), st.integers(1, 1000))
+def test_balanced_counts_are_those_of_the_collectors_rule(experts: int, top_k: int, tokens: int) -> None:
+    top_k = min(top_k, experts)
+    stride = -(-experts // top_k)
+    step = 1 if tokens >= stride else stride / tokens
+    chosen = [int(token * step + choice * stride) % experts for token in range(tokens) for choice in range(top_k)]
+    counts_E = sample_counts(experts=experts, top_k=top_k, tokens=tokens, distribution="balanced")[0]
+    assert (counts_E == np.bincount(chosen, minlength=experts)).all()
+
+
 # Active experts and hottest-over-mean that the collector's own sampling gives (means of 100 draws).
 @pytest.mark.parametrize(
     ("experts", "top_k", "tokens", "alpha", "active", "peak"),
@@ -288,7 +299,7 @@ def test_rows_with_measured_counts_are_not_drawn() -> None:
 
 
 def test_kernels_that_never_read_weights_again_are_fitted_without_it() -> None:
-    truth = ExpertKernel(name="vllm-cutlass", style="fused", dtype="bf16", tile_rows=(128,), tile_columns=512, partial_tile=0.9, reread=0.0)
+    truth = ExpertKernel(name="vllm-cutlass", style="fused", dtype="bf16", tile_rows=(128,), tile_columns=1024, partial_tile=0.9, reread=0.0)
     table = measured(truth, source="flashinfer_cutlass")
     fit = fit_kernel(table, PEAK, draws=DRAWS)
     assert fit.kernel.reread == 0

@@ -25,8 +25,8 @@ IDEAL = ExpertKernel(
     memory_efficiency=1,
     activation_efficiency=1e9,
     flops_efficiency=1,
-    prologue=0,
     tile_overhead=0,
+    masked_rows=0,
     overlap=400,
     wave_tail=0,
     reread=0,
@@ -138,6 +138,42 @@ def test_skew_helps_few_tokens_and_hurts_many() -> None:
     assert ratio(200_000) == pytest.approx(1, abs=0.05)
 
 
+def test_tiles_of_a_group_walk_once() -> None:
+    big = {"hidden": 8192, "intermediate": 32768}
+    kernel = replace(IDEAL, reread=1.0, reread_cache=0.001, tile_groups=(1, 8), groups_by_tokens_per_expert=(256,))
+    alone, few, many = (run([tokens * 2], kernel, **big).weights_s_N[0] for tokens in (32, 256, 512))
+    assert few == pytest.approx(8 * alone, rel=1e-6)  # 8 tiles of 64 rows, each by itself
+    assert many == pytest.approx(2 * alone, rel=1e-6)  # 16 tiles in two groups
+
+
+def test_tuned_shapes_have_their_own_tiles() -> None:
+    kernel = replace(IDEAL, tile_rows=(512,), tuned=(2, 768), tile_overhead=1.0, load_stall=1.0)
+    for selections, rows, columns in ((11, 16, 128), (12, 32, 128), (26, 64, 128), (51, 128, 256)):
+        width = (columns + 64) / (columns * 1.5)
+        wanted_s = 2 * (rows * width + 1) * 6 * 2048 * 768 / PEAK.flops
+        assert run([selections] * 2, kernel).compute_s_N[0] == pytest.approx(wanted_s, rel=1e-9)
+    assert run([51] * 2, kernel, intermediate=769).compute_s_N[0] > 3 * run([51] * 2, kernel).compute_s_N[0]
+    assert run([51] * 3, kernel).compute_s_N[0] > 3 * run([51] * 2, kernel).compute_s_N[0]
+
+
+def test_short_loads_slow_all_but_the_first_tiles() -> None:
+    kernel = replace(IDEAL, tile_rows=(16, 64), by_tokens=(16,))
+    for tokens, slower in ((16, 1.0), (17, 1.5)):
+        plain, stalled = (run([tokens, tokens], each).weights_s_N[0] for each in (kernel, replace(kernel, load_stall=0.5)))
+        assert stalled == pytest.approx(slower * plain)
+
+
+def test_an_empty_row_saves_its_share() -> None:
+    full, half = run([[64], [32]], replace(IDEAL, masked_rows=0.4)).compute_s_N
+    assert half == pytest.approx(0.8 * full)
+
+
+def test_narrow_tiles_cost_more_and_wide_ones_less() -> None:
+    times = [run([640, 640], replace(IDEAL, tile_columns=columns)).compute_s_N[0] for columns in (32, 64, 128, 256, 10**9)]
+    assert times == sorted(times, reverse=True)
+    assert times[2] == pytest.approx(1.5 * times[-1], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("rule", "at_step", "beyond"),
     [({"by_tokens": (8,)}, 16, 18), ({"by_tokens_per_expert": (4,)}, 16, 18), ({"by_selections_per_expert": (8,)}, 16, 18)],
@@ -193,6 +229,9 @@ def test_impossible_sizes_kernels_and_peaks_are_refused() -> None:
         ({"tile_rows": (16,)}, "tile_rows"),
         ({"by_tokens_per_expert": (1,)}, "at most one rule"),
         ({"by_tokens": (96, 32, 512)}, "rising"),
+        ({"masked_rows": 1.5}, "masked_rows"),
+        ({"tile_groups": (1, 8)}, "tile_groups"),
+        ({"tuned": (8.0,)}, "pairs"),
         ({"valid": {"colour": (0, 1)}}, "colour"),
     ):
         with pytest.raises(ProfileError, match=message):
@@ -214,10 +253,24 @@ def profile(**parameters: object) -> Fitted:
 
 def test_a_profile_gives_back_its_kernel() -> None:
     numbers = {name: getattr(TRITON, name) for name in PARAMETERS}
-    found = ExpertKernel.from_profile(profile(**numbers, tile_rows=[16, 32, 64, 128], by_tokens=[32, 96, 512], tile_columns=256))
-    assert found == replace(TRITON, name="vllm-triton", tile_columns=256, valid={"tokens": (1.0, 16384.0)})
+    facts = {"tile_rows": [16, 32, 64, 128], "by_tokens": [32, 96, 512], "tile_columns": 256, "tuned": [8, 14336], "masked_rows": 0.5}
+    found = ExpertKernel.from_profile(profile(**numbers, **facts))
+    assert found == replace(TRITON, name="vllm-triton", tile_columns=256, tuned=(8, 14336), masked_rows=0.5, valid={"tokens": (1.0, 16384.0)})
     with pytest.raises(ProfileError, match="colour"):
         ExpertKernel.from_profile(profile(**numbers, colour=1.0))
     del numbers["overlap"]
     with pytest.raises(ProfileError, match="overlap"):
         ExpertKernel.from_profile(profile(**numbers))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any), st.floats(0, 3))
+def test_a_library_copies_the_weights_of_experts_of_several_rows_first(counts: list[int], repack: float) -> None:
+    """As long as memory alone counts: one pass for every active expert, `repack` more for those of more than one row."""
+    fast = replace(PEAK, flops=1e30)
+    loop = replace(IDEAL, style="loop", tile_rows=(1,), repack=repack)
+    pass_s = (2 + 1) * 2048 * 768 * WEIGHT_B["bf16"] / PEAK.memory_Bps
+    expected = sum((1 + (repack if count > 1 else 0)) * pass_s for count in counts if count)
+    assert run(counts, loop, fast).time_s_N[0] == pytest.approx(expected, rel=1e-6)
+    if max(counts) == 1:
+        assert run(counts, loop, fast).time_s_N[0] == run(counts, replace(loop, repack=0.0), fast).time_s_N[0]

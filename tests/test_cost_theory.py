@@ -200,8 +200,11 @@ def test_deepep_follows_the_link_and_the_nic_and_says_so() -> None:
     assert scaled.nic.bandwidth_Bps == pytest.approx(measured.nic.bandwidth_Bps / 2)
     assert "nvlink4-h800" in notes[0]
     assert "x 2.25" in notes[0]
-    with pytest.raises(ProfileError, match="'b200' has no ports of deepep-normal; it has: none"):
-        deepep_ports(load_device("b200"), "deepep-normal")
+    borrowed, told = deepep_ports(load_device("b200"), "deepep-normal")
+    assert borrowed == deepep_ports(load_device("h200"), "deepep-normal")[0]
+    assert told == ["not calibrated: b200 was not measured with deepep-normal; ports are those of h200"]
+    with pytest.raises(ProfileError, match="has no ports of deepep-turbo; it has: nccl"):
+        deepep_ports(load_device("b200"), "deepep-turbo")
 
 
 def test_a_curve_measured_elsewhere_scales_with_latency_link_and_units() -> None:

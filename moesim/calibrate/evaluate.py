@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,12 +17,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moesim.calibrate import kernel_tables, networks
-from moesim.calibrate.kernels import predict_kernel, split_kernels
+from moesim.calibrate.kernels import FAMILIES, TRITON, predict_kernel, split_kernels, template_for
 from moesim.calibrate.tables import load, nccl_points, shipped_device
-from moesim.cost.collectives import CollectiveCurve, collective, pick_curve
-from moesim.cost.experts import ExpertKernel
-from moesim.cost.fitted import deepep_ports, device_peak, scaled_curve
-from moesim.errors import ProfileError
+from moesim.cost.collectives import CollectiveCurve, pick_curve
+from moesim.cost.experts import TILES, WEIGHT_B, ComputePeak, ExpertKernel
+from moesim.cost.fitted import curves_of, deepep_ports, device_peak, kernels_for, scaled_curve, scaled_kernel
+from moesim.errors import InputError, ProfileError
 from moesim.hardware import Device, load_device, load_links
 
 Floats = NDArray[np.float64]
@@ -102,29 +102,24 @@ def _facts(table: pd.DataFrame, profile: Device) -> dict[str, tuple[Device, list
     return found
 
 
-def pick_kernel(kernels: Sequence[ExpertKernel], name: str, shape: tuple[int, ...]) -> tuple[ExpertKernel, str]:
-    """The kernel nearest to what a table calls `name` ("vllm-triton"), and how it was found.
+def pick_kernel(kernels: Sequence[ExpertKernel], wanted: ExpertKernel) -> tuple[ExpertKernel, str]:
+    """The kernel whose parameters serve rows of `wanted` (a template: name and tiles), and how it was found.
 
-    First one of the same family (last part of the name, "-tuned" aside), then of the same framework, then the one whose
-    fitted range is nearest to the shape (hidden, intermediate, top_k, experts): sum of |log| distances to the range.
+    One of that name, else of the same family (last part of the name), which is the same code in another framework. For a
+    family that is known but not here a typical one, since parameters of other families were further off, for an unknown name
+    the first. Kernels of vLLM and SGLang in Triton differ by their tiles alone, so a kernel of that family gets those of the rows.
     """
-    framework, _, family = name.rpartition("-")
-
-    def distance(kernel: ExpertKernel) -> float:
-        values = zip(("hidden", "intermediate", "top_k", "experts"), shape, strict=True)
-        limits = [(value, *kernel.valid.get(key, (value, value))) for key, value in values]
-        return float(sum(max(np.log(least / value), np.log(value / most), 0.0) for value, least, most in limits))
-
-    def rank(kernel: ExpertKernel) -> tuple[bool, bool, float]:
-        theirs = kernel.name.removesuffix("-tuned")
-        return theirs.rpartition("-")[2] != family, theirs.rpartition("-")[0] != framework, distance(kernel)
-
-    best = min(kernels, key=rank)
-    other_family, other_framework, _ = rank(best)
-    if other_family or other_framework:
-        return best, "nearest: no such kernel" if other_family else "nearest: other framework"
-    several = sum(rank(kernel)[:2] == (False, False) for kernel in kernels) > 1
-    return best, "by name, nearest shape" if several else "by name"
+    family = wanted.name.rpartition("-")[2]
+    by_name = [kernel for kernel in kernels if kernel.name == wanted.name]
+    same_code = [kernel for kernel in kernels if kernel.name.rpartition("-")[2] == family]
+    if not (by_name or same_code):
+        if family in FAMILIES:
+            return ExpertKernel(name="typical", style=wanted.style, dtype=wanted.dtype), "typical: no such kernel, not calibrated"
+        return kernels[0], "first: no such kernel"
+    best = (by_name or same_code)[0]
+    if wanted.name in TRITON:
+        best = replace(best, **{name: getattr(wanted, name) for name in TILES})
+    return best, "by name" if by_name else "same code in another framework"
 
 
 def _kernels(raw: pd.DataFrame, profile: Device, gated: bool | None, place: str) -> Predictions:
@@ -140,33 +135,42 @@ def _kernels(raw: pd.DataFrame, profile: Device, gated: bool | None, place: str)
     local = local[drawable]
     for column in ("moe_tp_size", "moe_ep_size"):  # parallel layers time one rank of several: another measurement
         if column in local:
-            left_out[f"{column} > 1"] += int((local[column] != 1).sum())
-            local = local[local[column] == 1]
+            whole = local[column].isna() | (pd.to_numeric(local[column], errors="coerce") == 1)
+            left_out[f"{column} not 1"] += int((~whole).sum())
+            local = local[whole]
+    if not len(local):
+        raise InputError(f"{place}: none of {len(raw)} rows can be judged ({dict(+left_out)}); pass another table")
     table = kernel_tables.check_table(local, place=place)
     facts = _facts(table, profile)
     parts: list[tuple[Floats, NDArray[np.bool_], pd.DataFrame, str]] = []
     used: Counter[tuple[str, str, str, str]] = Counter()
     notes = [line for _, remarks in facts.values() for line in remarks]
-    notes += [f"no column {name}: {f'{defaults[name]} loads' if defaults[name] else 'the nearest kernel'} taken" for name in absent]
+    notes += [f"no column {name}: {f'{defaults[name]} loads' if defaults[name] else 'the first kernel'} taken" for name in absent]
     for (name, dtype), rows in split_kernels(table).items():
-        fitted = [ExpertKernel.from_profile(fit) for fit in profile.kernels if fit.attributes["dtype"] == dtype]
-        if not fitted:
-            left_out[f"no {dtype} kernel in {profile.name}"] += len(rows)
+        if dtype not in WEIGHT_B:
+            left_out[f"dtype {dtype or 'not named'} unknown"] += len(rows)
             continue
         known = kernel_tables.with_known_counts(rows)
         left_out["token counts unknown (group-limited routing)"] += len(rows) - len(known)
-        for _, some in known.groupby(["device", *kernel_tables.SHAPE], sort=False):
+        for system, some in known.groupby("device", sort=False):
             some = some.reset_index(drop=True)
-            kernel, how = pick_kernel(fitted, name, kernel_tables.shapes(some)[0])
-            device, _ = facts[str(some["device"].iloc[0])]
-            peak, remarks = device_peak(device, dtype)
+            device, _ = facts[str(system)]
+            found = _parameters(profile, device, dtype)
+            if found is None:
+                left_out[f"no {dtype} kernel in {profile.name}"] += len(some)
+                continue
+            kernels, peak, remarks = found
+            kernel, how = pick_kernel(kernels, template_for(some))
             notes += remarks
+            if how.startswith("typical"):
+                notes.append(f"not calibrated: {profile.name} has no {dtype} kernel like {name}; a typical one was taken")
             parts.append((*predict_kernel(some, peak, kernel), some, f"{dtype}/{kernel.name}"))
             used[name, dtype, kernel.name, how] += len(some)
             notes += _other_version(some, profile, kernel)
     if not parts:
         has = ", ".join(f"{fit.name}[{fit.attributes['dtype']}]" for fit in profile.kernels) or "none"
-        raise ProfileError(f"{place}: {profile.name!r} has no kernel for {sorted(set(table['dtype']))}; it has: {has}")
+        told = "; ".join(f"{count} rows: {reason}" for reason, count in (+left_out).items())
+        raise ProfileError(f"{place}: {profile.name!r} serves no row ({told}); it has kernels: {has}; name another profile or correct the table")
     columns = ["device", "framework", "kernel_source", "dtype", "num_tokens", *kernel_tables.SHAPE, "distribution", "gated"]
     return Predictions(
         predicted_N=np.concatenate([part[0] for part in parts]),
@@ -180,11 +184,24 @@ def _kernels(raw: pd.DataFrame, profile: Device, gated: bool | None, place: str)
     )
 
 
+def _parameters(profile: Device, device: Device, dtype: str) -> tuple[list[ExpertKernel], ComputePeak, list[str]] | None:
+    """Kernels of a profile as they would be on the device rows were measured on, its peak, remarks; None without any."""
+    try:
+        peak, remarks = device_peak(device, dtype)
+        home, _ = device_peak(profile, dtype)
+    except ProfileError:
+        return None
+    kernels, scaled = kernels_for(profile, dtype)
+    if not kernels:
+        return None
+    return [scaled_kernel(kernel, home, peak) for kernel in kernels], peak, [*remarks, *scaled]
+
+
 def _other_version(rows: pd.DataFrame, profile: Device, kernel: ExpertKernel) -> list[str]:
     """A remark where rows come from another framework or version than a kernel was fitted to."""
-    fit = next(each for each in profile.kernels if (each.name, each.attributes["dtype"]) == (kernel.name, kernel.dtype))
+    fit = next((each for each in profile.kernels if (each.name, each.attributes["dtype"]) == (kernel.name, kernel.dtype)), None)
     theirs = f"{rows['framework'].iloc[0]} {rows['version'].iloc[0] if 'version' in rows else ''}".strip()
-    ours = f"{fit.attributes['framework']} {fit.attributes['version']}".strip()
+    ours = f"{fit.attributes['framework']} {fit.attributes['version']}".strip() if fit else "another device"
     return [f"rows of {theirs} are predicted with {kernel.name} as fitted to {ours}"] if theirs and theirs != ours else []
 
 
@@ -195,12 +212,10 @@ def _plain(row: dict[Any, Any]) -> dict[str, Any]:
 
 def _nccl(table: pd.DataFrame, profile: Device, place: str) -> Predictions:
     table = table.assign(device=table.get("device", profile.name))
-    curves = [curve for fit in profile.collectives if isinstance(curve := collective(fit), CollectiveCurve)]
-    if not curves:
-        has = ", ".join(f"{fit.name} {fit.attributes['op']}" for fit in profile.collectives) or "none"
-        raise ProfileError(f"{place}: {profile.name!r} has no curve of a collective; it has: {has}; name a device that has, such as h200")
+    of, curves = curves_of(profile)
     facts = _facts(table, profile)
     notes = [line for _, remarks in facts.values() for line in remarks]
+    notes += [f"not calibrated: {profile.name} has no curves of collectives; those of {of.name} are scaled"] if of.name != profile.name else []
     left_out: Counter[str] = Counter()
     found: list[_Row] = []
     used: Counter[tuple[str, str]] = Counter()
@@ -212,9 +227,9 @@ def _nccl(table: pd.DataFrame, profile: Device, place: str) -> Predictions:
             for ranks in sorted(set(points.ranks_N.tolist())):
                 some = points.at(points.ranks_N == ranks)
                 if points.op not in {curve.op for curve in curves}:
-                    left_out[f"no {points.op} curve in {profile.name}"] += len(some.time_s_N)
+                    left_out[f"no {points.op} curve in {of.name}"] += len(some.time_s_N)
                     continue
-                curve, remarks = _on_device(pick_curve(curves, op=points.op, ranks=ranks), profile, facts[str(system)][0])
+                curve, remarks = _on_device(pick_curve(curves, op=points.op, ranks=ranks), of, facts[str(system)][0])
                 notes += remarks
                 time_N, outside_N = curve.time_s(some.bytes_N, ranks=some.ranks_N)
                 used[points.op, f"{curve.name} of {curve.ranks[0]}-{curve.ranks[1]} ranks"] += len(time_N)

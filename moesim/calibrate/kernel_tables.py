@@ -7,7 +7,6 @@ expectation. Suffixes: E experts, D draws.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +24,11 @@ COUNTED = "counts"  # distribution of a row whose column `counts` holds the toke
 SIZES = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts")
 SHAPE = ["hidden_size", "inter_size", "topk", "num_experts"]
 LABELS = ("kernel_source", "moe_dtype", "distribution")
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "int8", "int4": "int4"}
+TEXTS = ("device", "framework", "version", *LABELS)
+# Spellings of dtypes other than moesim's own.
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8", "int4_wo": "int4", "nvfp4": "fp4"}
+MOST_TOKENS, MOST_EXPERTS = 10**9, 65535  # a batch beyond any; ids of experts are 16 bits wide
+MOST_ALPHA = 100.0  # a power law beyond any
 # Plain squared-ReLU experts (Nemotron-H) in a table that does not say which rows are gated.
 PLAIN_SHAPES = frozenset(
     {
@@ -43,9 +46,10 @@ UNKNOWN_COUNTS = frozenset({(7168, 2048, 8, 256)})
 def read_table(path: str | Path) -> pd.DataFrame:
     """Kernel table from a .csv or .parquet file with AIConfigurator's column names.
 
-    Columns kernel_source, moe_dtype, num_tokens, hidden_size, inter_size, topk, num_experts, distribution,
-    latency_ms and optionally gated, and cold (caches were written over before every call). Adds `gated` where missing
-    (known plain shapes are not) and `dtype` in moesim's spelling. Raises InputError naming file, column and row of the first fault.
+    Columns kernel_source, moe_dtype, num_tokens, hidden_size, inter_size, topk, num_experts, distribution, latency_ms
+    and optionally device, framework and version (text, empty where unknown), gated, and cold (caches were written over
+    before every call). Adds `gated` where missing (known plain shapes are not) and `dtype` in moesim's spelling. Raises
+    InputError naming file, column and row of the first fault.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".parquet"):
@@ -65,21 +69,26 @@ def check_table(table: pd.DataFrame, *, place: str = "kernel table") -> pd.DataF
     if not len(table):
         raise InputError(f"{place}: no rows; measure again")
     table = table.reset_index(drop=True)
+    for name in TEXTS:
+        if name in table:
+            table[name] = table[name].astype(object).where(table[name].notna(), "").astype(str).str.strip()
     for name in (*SIZES, "latency_ms"):
         numbers = pd.to_numeric(table[name], errors="coerce")
         good = np.isfinite(numbers) & (numbers > 0)
+        most = {"num_tokens": MOST_TOKENS, "num_experts": MOST_EXPERTS, "latency_ms": np.inf}.get(name, 2**31)
         if name != "latency_ms":
-            good &= numbers == numbers.round()
-        _refuse(place, table, name, ~good, "a positive time" if name == "latency_ms" else "a whole number >= 1")
+            good &= (numbers == numbers.round()) & (numbers <= most)
+        _refuse(place, table, name, ~good, "a positive time" if name == "latency_ms" else f"a whole number from 1 to {most}")
         table[name] = numbers if name == "latency_ms" else numbers.astype(np.int64)
     _refuse(place, table, "topk", table["topk"] > table["num_experts"], "at most num_experts")
     counted = table["distribution"] == COUNTED
     known = table["distribution"].map(lambda name: drawable(str(name)))
-    _refuse(place, table, "distribution", ~known, f"balanced, {COUNTED}, or power_law_<alpha>, alpha > 0 and not 1")
+    _refuse(place, table, "distribution", ~known, f"balanced, {COUNTED}, or power_law_<alpha>, alpha from 0 to {MOST_ALPHA:g} and not 1")
     if counted.any():
         bad = counted & pd.Series([not _counts_fit(row) for row in table.to_dict("records")])
         _refuse(place, table, "counts" if "counts" in table else "distribution", bad, "num_tokens*topk selections as num_experts whole numbers")
-    table["dtype"] = table["moe_dtype"].map(lambda name: DTYPES.get(name, name))
+    spelt = table["moe_dtype"].str.lower().str.removeprefix("torch.")
+    table["dtype"] = spelt.map(lambda name: DTYPES.get(name, name))
     if "gated" not in table:
         table["gated"] = [shape not in PLAIN_SHAPES for shape in shapes(table)]
     _refuse(place, table, "gated", ~table["gated"].isin([True, False]), "true or false")
@@ -90,7 +99,8 @@ def check_table(table: pd.DataFrame, *, place: str = "kernel table") -> pd.DataF
 def _refuse(place: str, table: pd.DataFrame, column: str, bad: pd.Series[bool], wanted: str) -> None:
     if bad.any():
         row = int(np.flatnonzero(bad.to_numpy())[0])
-        raise InputError(f"{place}: column {column!r}, row {row + 1}: {table[column].iloc[row]!r} is not {wanted}; correct the row")
+        told = repr(str(table[column].iloc[row])[:60])
+        raise InputError(f"{place}: column {column!r}, row {row + 1}: {told} is not {wanted}; correct the row")
 
 
 def shapes(table: pd.DataFrame) -> list[tuple[int, ...]]:
@@ -117,7 +127,7 @@ def _alpha(distribution: str) -> float | None:
         alpha = float(number)
     except ValueError:
         return None
-    return alpha if prefix == "power_law" and math.isfinite(alpha) and alpha > 0 and alpha != 1 else None
+    return alpha if prefix == "power_law" and 0 < alpha <= MOST_ALPHA and alpha != 1 else None
 
 
 @lru_cache(maxsize=1024)
@@ -144,9 +154,10 @@ def sample_counts(*, experts: int, top_k: int, tokens: int, distribution: str, d
 
 def _balanced(experts: int, top_k: int, tokens: int) -> Counts:
     stride = -(-experts // top_k)
+    whole, rest = divmod(tokens, experts) if tokens >= stride else (0, tokens)  # whole rounds meet every expert top_k times
     step = 1.0 if tokens >= stride else stride / tokens
-    chosen_TK = np.floor((np.arange(tokens)[:, None] * step + np.arange(top_k) * stride) % experts).astype(np.int64)
-    return np.bincount(chosen_TK.ravel(), minlength=experts)
+    chosen_TK = np.floor((np.arange(rest)[:, None] * step + np.arange(top_k) * stride) % experts).astype(np.int64)
+    return whole * top_k + np.bincount(chosen_TK.ravel(), minlength=experts)
 
 
 def _power_law(experts: int, top_k: int, tokens: int, alpha: float, rng: np.random.Generator) -> Counts:

@@ -8,6 +8,7 @@ at typical values. Suffixes: R rows of a table, N cases (row x draw), P free par
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moesim.calibrate.kernel_tables import DRAWS, SHAPE, row_counts, shapes, with_known_counts
+from moesim.calibrate.tables import shipped_device
 from moesim.cost.experts import (
     PARAMETERS,
     TILING,
@@ -34,6 +36,7 @@ from moesim.errors import InputError
 
 TOKEN_RANGES = ((1, 16), (17, 128), (129, 1024), (1025, 16384), (16385, math.inf))
 _SCATTER = 0.05  # relative error where the robust loss turns from squares to absolute values
+_PIECE = 4096  # rows predicted at once
 _PULL = 0.1  # residuals (in _SCATTER per row, rms) that one scale away from the template costs
 # name: least, most, scale of the pull
 _BOUNDS = {
@@ -41,17 +44,31 @@ _BOUNDS = {
     "token_s": (0.0, 200e-9, 30e-9),
     "memory_efficiency": (0.3, 1.0, 0.2),
     "activation_efficiency": (0.05, 5.0, 1.0),
-    "flops_efficiency": (0.02, 1.2, 0.5),
-    "prologue": (0.0, 1500.0, 150.0),
+    "flops_efficiency": (0.02, 1.6, 0.5),
     "tile_overhead": (0.0, 300.0, 80.0),
     "overlap": (1.0, 12.0, 2.0),
     "wave_tail": (0.0, 4.0, 1.5),
     "partial_tile": (0.0, 4.0, 1.0),
+    "load_stall": (0.0, 2.0, 0.5),
     "reread": (0.0, 1.0, 0.3),
     "reread_cache": (0.05, 30.0, 1.0),
+    "repack": (0.0, 4.0, 1.0),
 }
 # A single unit is a processor's core: it launches its own work, from an interpreter, and libraries set up every product.
 _CORE_BOUNDS = _BOUNDS | {"launch_s": (1e-7, 2e-3, 1e-4), "token_s": (0.0, 2e-6, 300e-9), "memory_efficiency": (0.05, 1.0, 0.5)}
+
+
+FAMILIES = ("cutlass", "trtllm", "triton", "loop", "grouped")
+TRITON = ("vllm-triton", "sglang-triton")  # whose default tiles are known
+OLD_DEFAULTS = "sglang-triton"  # SGLang's default tiles are those of vLLM, too, until its pull request 34846
+OLD_UNTIL = (0, 17)
+# Shapes (experts, intermediate) of a whole layer on one device with tuned bf16 tiles, by engine and profile. Source: names of the
+# files in vLLM's fused_moe/configs and SGLang's triton_utils/configs; one that an engine lacks or adds moves its shape's time.
+TUNED = {
+    ("vllm", "h100-sxm"): ((128, 704), (128, 1856), (256, 512), (512, 512)),
+    ("vllm", "h200"): ((8, 14336), (128, 704), (128, 768), (512, 512)),
+    ("sglang", "h200"): ((128, 704), (128, 1856), (256, 512)),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +99,9 @@ def template_for(table: pd.DataFrame) -> ExpertKernel:
     """The unfitted kernel of a table's rows: name, style and the tile rule of the engine's default configuration.
 
     InputError unless all rows are of one dtype and one kernel (`split_kernels` separates them).
-    Source: default tile choices of vLLM 0.24 and SGLang 0.5.14 `fused_moe` (Triton), FlashInfer's CUTLASS grouped
-    GEMM (128 token rows) and TensorRT-LLM generated kernels (smallest power of two that needs at most two tiles
-    for the mean expert).
+    Source: default tile choices of vLLM 0.24 and SGLang 0.5.14 `fused_moe` (Triton) and the shapes for which they ship tuned
+    ones, FlashInfer's CUTLASS grouped GEMM (128 token rows) and TensorRT-LLM generated kernels (smallest power of two
+    that needs at most two tiles for the mean expert).
     """
     keys = sorted(set(_kernel_keys(table)))
     if len(keys) != 1:
@@ -93,15 +110,24 @@ def template_for(table: pd.DataFrame) -> ExpertKernel:
     style: Style = "loop" if "loop" in name else "grouped" if "grouped" in name else "fused"
     typical = ExpertKernel(name=name, style=style, dtype=dtype)
     if name == "vllm-triton" and dtype == "fp8_block":
-        return replace(typical, tile_rows=(16, 64), by_tokens=(64,), reread=0.3)
+        return replace(typical, tile_rows=(16, 64), by_tokens=(64,), tile_groups=(32,))
     if name == "vllm-triton":
-        return replace(typical, tile_rows=(16, 32, 64, 128), by_tokens=(32, 96, 512), reread=0.3)
+        default = replace(typical, tile_rows=(16, 32, 64, 128), by_tokens=(32, 96, 512), tile_groups=(1, 16), groups_by_tokens_per_expert=(129,))
+        return replace(default, tuned=_tuned("vllm", dtype, table))
     if name == "sglang-triton" and dtype == "fp8_block":
-        return replace(typical, tile_rows=(64,), reread=0.3)
-    if name == "sglang-triton":
-        return replace(typical, tile_rows=(16, 64), by_tokens_per_expert=(1,), tile_columns=64, reread=0.3)
+        return replace(typical, tile_rows=(64,), tile_groups=(32,))
+    if name == OLD_DEFAULTS:
+        return replace(
+            typical,
+            tile_rows=(16, 64),
+            by_tokens_per_expert=(1,),
+            tile_columns=64,
+            tile_groups=(8,),
+            load_stall=0.5,
+            tuned=_tuned("sglang", dtype, table),
+        )
     if name.endswith("-cutlass"):
-        return replace(typical, tile_rows=(128,), tile_columns=512, partial_tile=0.5, reread=0.0)
+        return replace(typical, tile_rows=(128,), tile_columns=1024, partial_tile=0.5, masked_rows=0.0, reread=0.0)
     if name.endswith("-trtllm"):
         rows = (8, 16, 32, 64)
         return replace(typical, tile_rows=rows, by_selections_per_expert=(16, 32, 64), reread=0.9)
@@ -115,20 +141,30 @@ def split_kernels(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
 
 
 def _kernel_keys(table: pd.DataFrame) -> list[tuple[str, str]]:
-    frameworks = table["framework"] if "framework" in table else [""] * len(table)
+    """(kernel name, dtype) of each row: framework and family, by which the engine calls it or what an old vLLM had alone."""
+    blank = [""] * len(table)
+    frameworks, versions = (table.get(column, blank) for column in ("framework", "version"))
     keys = []
-    for framework, source, dtype in zip(frameworks, table["kernel_source"], table["dtype"], strict=True):
-        families = ("cutlass", "trtllm", "triton", "loop", "grouped")
-        family = next((word for word in families if word in str(source)), str(source))
-        keys.append(("-".join(part for part in (str(framework), family) if part), str(dtype)))
+    for framework, version, source, dtype in zip(frameworks, versions, table["kernel_source"], table["dtype"], strict=True):
+        old = framework == "vllm" and _before(str(version), OLD_UNTIL)
+        plain = "triton" if "fused_moe" in str(source) or (old and not source) else str(source)
+        family = next((word for word in FAMILIES if word in str(source)), plain)
+        name = "-".join(part for part in (str(framework), family) if part)
+        keys.append((OLD_DEFAULTS if old and family == "triton" else name, str(dtype)))
     return keys
+
+
+def _before(version: str, first: tuple[int, int]) -> bool:
+    """Whether a version like "0.14.0" is below (0, 17); no if it cannot be read."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) < first
 
 
 def fit_kernel(table: pd.DataFrame, peak: ComputePeak, *, template: ExpertKernel | None = None, draws: int = DRAWS) -> KernelFit:
     """Kernel with the least robust log error on a table (`read_table`) of one kernel and dtype.
 
     `template` (default `template_for(table)`) fixes style and tile rule and is where the fit starts; its
-    partial_tile or reread of 0 stay 0. Rows with unknown counts are not used. InputError when fewer rows are left
+    partial_tile, load_stall, reread or repack of 0 stay 0. Rows with unknown counts are not used. InputError when fewer rows are left
     than there are parameters.
     """
     from scipy.optimize import least_squares
@@ -170,11 +206,10 @@ def fit_kernel(table: pd.DataFrame, peak: ComputePeak, *, template: ExpertKernel
 
 
 def _free(kernel: ExpertKernel) -> list[str]:
-    absent = set()
-    if kernel.partial_tile == 0:
-        absent.add("partial_tile")
-    if kernel.reread == 0:
-        absent |= {"reread", "reread_cache"}
+    """The at most twelve parameters a fit moves: a share of 0 in the template means that the kernel does no such thing."""
+    absent = {name for name in ("partial_tile", "load_stall", "reread", "repack") if getattr(kernel, name) == 0}
+    if "reread" in absent:
+        absent.add("reread_cache")
     return [name for name in PARAMETERS if name not in absent]
 
 
@@ -185,18 +220,19 @@ def _valid(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
 
 
 def _cases(table: pd.DataFrame, kernel: ExpertKernel, draws: int) -> _Cases:
-    records = table.to_dict("records")
-    counts = [row_counts({str(key): value for key, value in row.items()}, draws=draws) for row in records]
-    row_N = np.repeat(np.arange(len(table)), [len(counts_DE) for counts_DE in counts])
     size_R = table["num_experts"].to_numpy()
     launches = int(size_R.max()) if kernel.style == "loop" else 1
     parts: dict[str, list[NDArray[Any]]] = {name: [] for name in TileLoad.__dataclass_fields__}
-    for counts_DE, top_k in zip(counts, table["topk"], strict=True):
-        load = tile_load(counts_DE.astype(np.float64), kernel, top_k=top_k)
+    drawn = []
+    for row in table.to_dict("records"):
+        counts_DE = row_counts({str(key): value for key, value in row.items()}, draws=draws)
+        load = tile_load(counts_DE.astype(np.float64), kernel, top_k=row["topk"], intermediate=row["inter_size"])
+        drawn.append(len(counts_DE))
         for name, values in parts.items():
             part = getattr(load, name)
             short = launches - part.shape[1] if name.endswith("_NX") else 0
             values.append(np.pad(part, ((0, 0), (0, short))) if short else part)
+    row_N = np.repeat(np.arange(len(table)), drawn)
     shape = ExpertShape(
         hidden=table["hidden_size"].to_numpy()[row_N],
         intermediate=table["inter_size"].to_numpy()[row_N],
@@ -213,7 +249,9 @@ SCORES = ("n", "median_ape", "p90_ape", "mape", "bias")
 
 def predict_kernel(table: pd.DataFrame, peak: ComputePeak, kernel: ExpertKernel, *, draws: int = DRAWS) -> tuple[Floats, NDArray[np.bool_]]:
     """Seconds of every row of a table under a kernel, the mean over draws of its counts, and where that extrapolates."""
-    return _cases(table, kernel, draws).time_s(peak, kernel)
+    pieces = (table.iloc[at : at + _PIECE] for at in range(0, len(table), _PIECE))  # bounds memory
+    time_s, outside = zip(*(_cases(piece, kernel, draws).time_s(peak, kernel) for piece in pieces), strict=True)
+    return np.concatenate(time_s), np.concatenate(outside)
 
 
 def evaluate_kernel(table: pd.DataFrame, peak: ComputePeak, kernel: ExpertKernel, *, draws: int = DRAWS) -> dict[str, Any]:
@@ -326,7 +364,7 @@ def profile_fragment(
     heads |= {"version": version, "source": source, "confidence": "fitted", "date": date}
     lines += [f'{name} = "{value}"' for name, value in heads.items()]
     lines += ["", "[kernels.parameters]"]
-    lines += [f"{name} = {_number(getattr(kernel, name))}" for name in PARAMETERS]
+    lines += [f"{name} = {_number(getattr(kernel, name))}" for name in PARAMETERS if name not in ("load_stall", "repack") or getattr(kernel, name)]
     lines += [f"{name} = {list(v) if isinstance(v, tuple) else v}" for name, v in tiling.items()]
     lines += ["", "[kernels.residuals]"]
     lines += [f"{name} = {_number(value)}" for name, value in residuals.items()]
@@ -338,3 +376,10 @@ def profile_fragment(
 def _number(value: float) -> str:
     """Four significant digits in TOML's spelling of a float or integer."""
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+
+
+def _tuned(engine: str, dtype: str, table: pd.DataFrame) -> tuple[float, ...]:
+    """Pairs for `ExpertKernel.tuned`: shapes with tuned tiles on the device a table names."""
+    devices = {shipped.name for name in table.get("device", pd.Series(dtype=str)).unique() if (shipped := shipped_device(name))}
+    pairs = TUNED.get((engine, devices.pop()), ()) if len(devices) == 1 and dtype == "bf16" else ()
+    return tuple(float(size) for pair in pairs for size in pair)

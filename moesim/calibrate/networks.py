@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
-import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +23,6 @@ from moesim.errors import InputError
 
 LARGE_B = 2**20
 NVLS_RANKS = 8  # from here on NCCL reduces inside the switch, which is another curve
-DTYPES = ("half", "int8")
 REDUCING = ("all_reduce", "reduce_scatter")
 _SCATTER = 0.05  # relative error where the robust loss turns from squares to absolute values
 _PRIOR = 0.02  # pull per e-fold towards the start: fixes what a table cannot tell (one rank count)
@@ -77,44 +74,6 @@ def _count(row: Mapping[str, str], column: str, where: str) -> int:
     if value != int(value):
         raise InputError(f"{where}: {column}={row[column]!r} is not a whole number; drop the row")
     return int(value)
-
-
-def read_nccl(path: Path, *, nccl_version: str = "2.29.2", dtypes: Sequence[str] = DTYPES) -> list[Points]:
-    """Points of each op in a table of nccl-tests runs: medians over repeats and element types.
-
-    Columns: nccl_version, op, dtype, num_gpus, bytes, latency_ms; other versions and dtypes are left out.
-    Moving bytes does not depend on their type, reducing them does: reductions keep the first dtype alone.
-    Raises InputError on missing columns, bad numbers, unknown ops or dtypes, or a version not in the table.
-    """
-    times: dict[str, dict[tuple[int, float], list[float]]] = defaultdict(lambda: defaultdict(list))
-    rows = _rows(path, ("nccl_version", "op", "dtype", "num_gpus", "bytes", "latency_ms"))
-    for line, row in enumerate(rows, start=2):
-        where = f"{path}, line {line}"
-        if row["op"] not in cost.OPS or row["dtype"] not in DTYPES:
-            known = ", ".join((*cost.OPS, *DTYPES))
-            raise InputError(f"{where}: op {row['op']!r} of {row['dtype']!r} is unknown; known: {known}")
-        ranks, size_B = _count(row, "num_gpus", where), _number(row, "bytes", where)
-        time_s = _number(row, "latency_ms", where) * 1e-3
-        if ranks < 2:
-            raise InputError(f"{where}: num_gpus={ranks}; a collective needs at least 2, drop the row")
-        wanted = dtypes[:1] if row["op"] in REDUCING else dtypes
-        if row["nccl_version"] == nccl_version and row["dtype"] in wanted:
-            times[row["op"]][ranks, size_B].append(time_s)
-    if not times:
-        found = sorted({row["nccl_version"] for row in rows})
-        raise InputError(f"{path}: no {dtypes} rows of NCCL {nccl_version}, only {found}; pass nccl_version=")
-    return [_points(op, repeats) for op, repeats in sorted(times.items())]
-
-
-def _points(op: str, times: Mapping[tuple[int, float], Sequence[float]]) -> Points:
-    keys = sorted(times)
-    return Points(
-        op=op,
-        ranks_N=np.array([ranks for ranks, _ in keys], dtype=np.int64),
-        bytes_N=np.array([size for _, size in keys]),
-        time_s_N=np.array([np.median(times[key]) for key in keys]),
-        spread_N=np.array([max(times[key]) / min(times[key]) - 1 for key in keys]),
-    )
 
 
 def split_algorithms(points: Points) -> list[Points]:
@@ -378,21 +337,3 @@ def _table(
     whole = {key: (math.floor(low), math.ceil(high)) for key, (low, high) in valid.items()}
     named = {"parameters": dict(values), "residuals": residuals, "valid": whole}
     return {**head, "confidence": "fitted", "date": date.isoformat(), **named}
-
-
-def to_toml(tables: Sequence[Mapping[str, Any]]) -> str:
-    """TOML text of `[[collectives]]` tables for a device profile; floats keep four significant digits."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, tuple):
-            return f"[{', '.join(text(each) for each in value)}]"
-        return repr(float(f"{value:.4g}")) if isinstance(value, float) else json.dumps(value)
-
-    lines = []
-    for table in tables:
-        inner = {name: value for name, value in table.items() if isinstance(value, Mapping)}
-        outer = {name: value for name, value in table.items() if name not in inner}
-        titles = {"[[collectives]]": outer} | {f"[collectives.{name}]": inner[name] for name in inner}
-        for title, values in titles.items():
-            lines += [title, *(f"{key} = {text(value)}" for key, value in values.items()), ""]
-    return "\n".join(lines)

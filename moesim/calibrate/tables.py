@@ -22,10 +22,10 @@ MARKS: dict[Kind, tuple[str, ...]] = {
     "nccl": ("op", "num_gpus", "dtype"),
 }
 RENAMED = {"op_name": "op", "nccl_dtype": "dtype", "message_size": "message_elements"}
-# Systems of AIConfigurator whose name is not that of a profile with "-" for "_".
 NCCL_VERSION = "2.29.2"  # the one parameters are fitted to; taken where a table holds it
 ELEMENT_B = {"half": 2, "int8": 1, "bfloat16": 2, "float": 4, "uint8": 1, "fp8": 1}
-SYSTEMS = {"a100-sxm": "a100-80", "h200-sxm": "h200", "b200-sxm": "b200", "gb200-sxm": "gb200"}
+# Systems of AIConfigurator whose name is not that of a profile with "-" for "_".
+SYSTEMS = {"rtx-pro-6000-server": "rtx-pro-6000", "a100-sxm": "a100-80", "h200-sxm": "h200", "b200-sxm": "b200", "gb200-sxm": "gb200"}
 
 
 def load(path: Path) -> tuple[Kind, pd.DataFrame]:
@@ -40,6 +40,7 @@ def load(path: Path) -> tuple[Kind, pd.DataFrame]:
         table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}; pass a readable table") from error
+    table = table.rename(columns=lambda name: str(name).strip())
     table = table.rename(columns={old: new for old, new in RENAMED.items() if new not in table})
     if "latency" in table and "latency_ms" not in table:
         table = table.rename(columns={"latency": "latency_ms"})
@@ -47,7 +48,8 @@ def load(path: Path) -> tuple[Kind, pd.DataFrame]:
         if set(marks) <= set(table.columns):
             return kind, table
     wanted = "; ".join(f"{kind}: {', '.join(marks)}" for kind, marks in MARKS.items())
-    raise InputError(f"{path}: columns {', '.join(map(str, table.columns))} are those of no known table; known are {wanted}")
+    found = ", ".join(str(column)[:40] for column in table.columns[:20])
+    raise InputError(f"{path}: columns {found} are those of no known table; known are {wanted}")
 
 
 def shipped_device(name: object) -> Device | None:
@@ -80,12 +82,14 @@ def nccl_points(table: pd.DataFrame, *, place: str) -> tuple[list[Points], str, 
         table = table.assign(bytes=table["message_elements"] * table["dtype"].map(ELEMENT_B))
     if "latency_ms" not in table:
         raise InputError(f"{place}: column latency_ms missing; rename the column of milliseconds")
-    for name, least in (("num_gpus", 2), ("bytes", 1), ("latency_ms", 0)):
+    for name, least, kind in (("num_gpus", 2, "a whole number"), ("bytes", 1, "a number"), ("latency_ms", 0, "a number")):
         numbers = pd.to_numeric(table[name], errors="coerce")
         bad = ~(np.isfinite(numbers) & (numbers >= least) & (numbers > 0))
+        bad |= (numbers != numbers.round()) & (kind == "a whole number")
         if bad.any():
             row = table.index[int(np.flatnonzero(bad.to_numpy())[0])]
-            raise InputError(f"{place}: column {name!r}, row {int(row) + 1}: {table[name].loc[row]!r} is not a number >= {least}; correct the row")
+            told = repr(str(table[name].loc[row])[:60])
+            raise InputError(f"{place}: column {name!r}, row {int(row) + 1}: {told} is not {kind} > 0 and >= {least}; correct the row")
         table = table.assign(**{name: numbers})
     if not len(table):
         raise InputError(f"{place}: no row of a known collective is left ({dict(left_out)}); pass another table")
