@@ -13,7 +13,8 @@ from moesim.errors import SpecError
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
 _WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size", "d_ff", "encoder_ffn_dim")
-_PLAIN = {"switch_transformers", "nllb-moe", "nemotron_h"}  # two matrices per expert
+# Two matrices per expert, or per MLP of a model without experts.
+_PLAIN = {"switch_transformers", "nllb-moe", "nemotron_h", "bloom", "falcon", "gpt2", "gpt_neox", "gptj", "mpt", "opt", "phi", "starcoder2"}
 _ALTERNATING = {"switch_transformers", "nllb-moe"}
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8}
 
@@ -28,8 +29,11 @@ def _first(config: Mapping[str, Any], names: Iterable[str]) -> Any:
     return None
 
 
-def spec_values(raw: Mapping[str, Any], *, name: str | None) -> dict[str, Any]:
-    """Fields of ModelSpec (attention as those of Attention) from a config mapping; nested `text_config` is followed."""
+def spec_values(raw: Mapping[str, Any], *, name: str | None, dense: bool = False) -> dict[str, Any]:
+    """Fields of ModelSpec (attention as those of Attention) from a config mapping; nested `text_config` is followed.
+
+    With `dense` a config that names no experts is read as one of a model without them.
+    """
     config: Mapping[str, Any] = raw.get("text_config") or raw
     ffn = config.get("ffn_config") or {}  # dbrx
     experts = _first(config, _EXPERTS) or _first(ffn, _EXPERTS)
@@ -40,8 +44,13 @@ def spec_values(raw: Mapping[str, Any], *, name: str | None) -> dict[str, Any]:
     hidden = _first(config, ("hidden_size", "d_model", "n_embd"))
     width = _first(config, _WIDTH) or _first(ffn, _WIDTH)
     found = {"experts": experts, "experts per token": top_k, "layers": layers, "hidden size": hidden, "expert width": width}
+    plain = dense and not experts
+    if plain:
+        found = {"layers": layers, "hidden size": hidden, "MLP width": width}
     if absent := [key for key, value in found.items() if not value]:
-        raise SpecError(f"config of {config.get('model_type', 'unknown type')!r} has no {', '.join(absent)}: not a MoE model?")
+        raise SpecError(
+            f"config of {config.get('model_type', 'unknown type')!r} has no {', '.join(absent)}: not a {'decoder' if plain else 'MoE model'}?"
+        )
     heads = _first(config, ("num_attention_heads", "n_heads", "num_heads")) or 0
     kind = str(config.get("model_type", "moe"))
     bits = _BITS.get(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch."), 16)
@@ -51,14 +60,14 @@ def spec_values(raw: Mapping[str, Any], *, name: str | None) -> dict[str, Any]:
     return {
         "name": name or str(raw.get("_name_or_path") or kind),
         "layers": int(layers),
-        "moe_layers": moe_layers(config, int(layers)),
+        "moe_layers": () if plain else moe_layers(config, int(layers)),
         "hidden": int(hidden),
-        "intermediate": int(width),
-        "experts": int(experts),
-        "top_k": int(top_k),
-        "shared_intermediate": _shared(config, int(width)),
+        "intermediate": 0 if plain else int(width),
+        "experts": int(experts or 0),
+        "top_k": 0 if plain else int(top_k),
+        "shared_intermediate": 0 if plain else _shared(config, int(width)),
         "expert_groups": int(config.get("n_group") or 1),
-        "dense_intermediate": int(config.get("intermediate_size") or 0) if _WIDTH[0] in config else 0,
+        "dense_intermediate": int(width) if plain else int(config.get("intermediate_size") or 0) if _WIDTH[0] in config else 0,
         "gated": kind not in _PLAIN,
         "vocabulary": int(config.get("vocab_size") or 0),
         "attention": _attention(config, int(heads), int(hidden)) if heads else None,

@@ -42,6 +42,7 @@ class ModelSpec:
     """A MoE decoder. `moe_layers` are absolute layer indices; dense layers are the others.
 
     `weight_bits` and `activation_bits` are what the checkpoint serves in; the cost model may override them.
+    A decoder without experts has no `moe_layers`; only serving takes one (`load_model(…, dense=True)`).
     Raises SpecError when sizes are inconsistent.
     """
 
@@ -63,7 +64,8 @@ class ModelSpec:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "intermediate", "experts", "top_k"):
+        dense = self.experts == 0 and not self.moe_layers
+        for name in ("layers", "hidden", *(("dense_intermediate",) if dense else ("intermediate", "experts", "top_k"))):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"model {self.name!r}: {name}(={value!r}) must be a whole number >= 1")
@@ -71,6 +73,8 @@ class ModelSpec:
             raise SpecError(f"model {self.name!r}: experts(={self.experts}) exceeds 65535, the largest id of the trace format")
         if self.top_k > self.experts:
             raise SpecError(f"model {self.name!r}: top_k(={self.top_k}) exceeds experts(={self.experts})")
+        if dense:
+            return
         if not self.moe_layers or sorted(set(self.moe_layers)) != list(self.moe_layers):
             raise SpecError(f"model {self.name!r}: moe_layers must be a rising, non-empty list, got {list(self.moe_layers)}")
         if self.moe_layers[0] < 0 or self.moe_layers[-1] >= self.layers:
@@ -113,15 +117,15 @@ class ModelSpec:
             raise SpecError(f"model description is incomplete or malformed: {problem}") from None
 
     @classmethod
-    def from_hf(cls, config: Any, *, name: str | None = None) -> ModelSpec:
+    def from_hf(cls, config: Any, *, name: str | None = None, dense: bool = False) -> ModelSpec:
         """Spec of a Hugging Face MoE config: an object with `to_dict()` or the mapping of a `config.json`.
 
-        Raises SpecError naming what is missing when the config is not that of a MoE model.
+        Raises SpecError naming what is missing when the config is not that of a MoE model, or (`dense`) of any decoder.
         """
         from moesim.hf_config import spec_values
 
         raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        return cls.from_dict(spec_values(raw, name=name))
+        return cls.from_dict(spec_values(raw, name=name, dense=dense))
 
 
 @cache
@@ -139,8 +143,11 @@ def model_names() -> list[str]:
     return sorted(_presets())
 
 
-def load_model(name: str | Path) -> ModelSpec:
-    """A preset by name, or the spec of a Hugging Face `config.json` by path (a file or the folder holding it)."""
+def load_model(name: str | Path, *, dense: bool = False) -> ModelSpec:
+    """A preset by name, or the spec of a Hugging Face `config.json` by path (a file or the folder holding it).
+
+    Raises SpecError; for a model without experts unless `dense`.
+    """
     text = str(name)
     if text.lower() in _presets():
         return _presets()[text.lower()]
@@ -152,7 +159,7 @@ def load_model(name: str | Path) -> ModelSpec:
         if not isinstance(data, dict):
             raise SpecError(f"{path}: expected a JSON object, got {type(data).__name__}")
         try:
-            return ModelSpec.from_hf(data, name=str(data.get("_name_or_path") or path.parent.name or "model"))
+            return ModelSpec.from_hf(data, name=str(data.get("_name_or_path") or path.parent.name or "model"), dense=dense)
         except SpecError as problem:
             raise SpecError(f"{path}: {problem}") from None
     raise SpecError(f"model {text!r} is not known; presets: {', '.join(model_names())}; or give the path of a config.json")

@@ -38,7 +38,9 @@ def common(requests: Path, trace: Trace, *more: Any) -> list[Any]:
 
 def test_a_plan_follows_the_traffic_and_keeps_the_objectives(moesim: Run, requests: Path, trace: Trace, tmp_path: Path) -> None:
     plan, whole = tmp_path / "scale.json", tmp_path / "result.json"
-    code, out, err = moesim(*common(requests, trace, "-o", plan, "--result", whole, "--fail", "80s:1", "--json"))
+    code, out, err = moesim(
+        *common(requests, trace, "-o", plan, "--result", whole, "--fail", "80s:1", "--fail", "10s:1", "--fail", "10s:0", "--json")
+    )
     assert code == 0, err
     data = json.loads(out)
     written = json.loads(whole.read_text())
@@ -57,9 +59,14 @@ def test_a_plan_follows_the_traffic_and_keeps_the_objectives(moesim: Run, reques
     assert data["outlooks"][3]["failures"][0]["experts_lost"] > 0
     assert all(each["served"]["attainment"] <= data["outlooks"][0]["served"]["attainment"] + 1e-9 for each in data["outlooks"][1:2])
     assert [row["devices"] for row in data["timeline"]] == devices
+    assert any("device 1 dies after 10 s, and nobody notices" in note for note in data["notes"])
+    assert any("device 0 dies after 10 s, and nothing serves" in note for note in data["notes"])
+    event = data["event"]  # the growth, closely: requests pile up before it and are gone after it
+    assert (event["before"], event["after"]) == (1, 2) and event["start_s"] < event["at_s"] < event["start_s"] + 120 * event["bin_s"]
+    assert max(event["running"]) >= 2 and min(event["waiting"]) >= 0 and len(event["slowest_first_s"]) == 120
     assert any("ElasticMoE" in note for note in data["notes"])
     _, out, _ = moesim(*common(requests, trace, "--solver", "reactive", "--method", "cold-restart"))
-    for words in ("reactive (this plan)", "cold-restart", "what if", "serves nothing for"):
+    for words in ("reactive (this plan)", "cold-restart", "what if", "takes no requests for"):
         assert words in " ".join(out.split())
 
 

@@ -58,6 +58,18 @@ def test_a_case_is_named_by_content_not_by_path(trace: Trace, tmp_path: Path) ->
     assert as_spec(spec_of(trace, solver="eplb", cluster="h200x8"), root=tmp_path).cases[0].id != ids[0]
 
 
+def test_a_case_is_named_by_all_of_its_model(tmp_path: Path) -> None:
+    """Models that route alike and differ in what surrounds the experts are different cases."""
+    config = {"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = set()
+    for vocabulary in (100, 200, 100):
+        path = tmp_path / f"{vocabulary}.json"
+        path.write_text(json.dumps(config | {"num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": vocabulary}))
+        grid = {"model": path.name, "cluster": "h100x8", "arrivals": "poisson:rate=1,span=9s,prompt=9,output=9", "slo": "ttft=1s"}
+        ids.add(as_spec({"kind": "capacity", "grid": grid}, root=tmp_path).cases[0].id)
+    assert len(ids) == 2
+
+
 def test_a_toml_spec_with_paths_of_its_own_folder(trace: Trace, tmp_path: Path) -> None:
     shutil.copytree(trace.path, tmp_path / "specs" / "t")
     file = tmp_path / "specs" / "s.toml"

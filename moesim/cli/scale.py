@@ -195,7 +195,7 @@ def show(found: Scaling) -> None:
         [f"{a} to {b}", human(each.seconds, "s"), human(each.pause_s or each.down_s, "s"), human(each.moved_B + each.loaded_B, "B")]
         for (a, b), each in found.sizes.transitions.items()
     ]
-    table(f"Changes ({found.sizes.method.name})", ["devices", "takes", "serves nothing for", "moves"], rows)
+    table(f"Changes ({found.sizes.method.name})", ["devices", "takes", "takes no requests for", "moves"], rows)
     ranked = sorted(found.bills.items(), key=lambda item: item[1].total)
     still = found.bills.get("static-minimum")
     rows = [

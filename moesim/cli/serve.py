@@ -18,7 +18,8 @@ EPILOG = (
     "Examples: moesim serve azure.csv --trace traces/run1 --cluster h100x8 --slo ttft=2s,tpot=50ms -o serving.json · "
     "moesim serve poisson:rate=20,span=10min,prompt=800,output=250 --model qwen3-30b-a3b --cluster h100x8 --layout dp4tp2 · "
     "moesim serve requests.csv --measured requests.csv --model qwen3-30b-a3b --cluster rtx-pro-6000x2 --moe-profile moe.csv "
-    "--exchange all-gather --ahead --max-seqs 128 --max-batch-tokens 2048"
+    "--exchange all-gather --ahead --max-seqs 128 --max-batch-tokens 2048 · "
+    "moesim serve mooncake.jsonl.gz --model deepseek-v3 --cluster h200-4x8 --prefix-cache"
 )
 
 
@@ -32,8 +33,16 @@ def run(
         ),
     ],
     trace: Annotated[Path | None, typer.Option("--trace", help="Routing of the model served: which experts its tokens choose.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Without --trace: a preset or a config.json; a typical routing is made up.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Without --trace: a preset or a config.json (also of a model without experts); a typical routing is made up."),
+    ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option("--mix", help="Domains of --trace from a time on, such as 9h:code=3,prose=1; repeat it, the first from 0h. Default: as there."),
+    ] = None,
     cluster: ClusterName = "h100x8",
+    devices: Annotated[int | None, typer.Option("--devices", min=1, help="Only the first devices of the cluster.")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="Where the experts of an instance live; default: in order.")] = None,
     layout: Annotated[
         str | None, typer.Option("--layout", help="Attention: dp8, tp8 or dp4tp2 (data- x tensor-parallel). Experts are spread over all devices.")
@@ -46,6 +55,13 @@ def run(
     max_seqs: Annotated[int, typer.Option("--max-seqs", min=1, help="Requests a data-parallel rank runs at a time.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option("--max-batch-tokens", min=1, help="Tokens in a step of a rank; longer prompts are cut.")] = 8192,
     memory_share: Annotated[float, typer.Option("--memory-share", help="Share of device memory the engine uses; what weights leave is cache.")] = 0.9,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option("--cache-tokens", min=1, help="Tokens a rank's key-value cache holds, as engines print it; default: from memory."),
+    ] = None,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache", help="Prompts find what earlier ones of their rank began with alike (needs Mooncake's hash_ids).")
+    ] = False,
     exchange: Annotated[
         Literal["all-to-all", "all-gather"],
         typer.Option("--exchange", help="How tokens reach experts: all-to-all, or all-gather and reduce-scatter (vLLM's default)."),
@@ -82,10 +98,10 @@ def run(
     from moesim.hardware import load_cluster
     from moesim.model import load_model
     from moesim.plan import load_plan
-    from moesim.serving import Deployment, Routing, Slo, parse_layout, serve
+    from moesim.serving import Deployment, Routing, Slo, first_devices, parse_layout, serve
     from moesim.serving.deployment import HOST_S
     from moesim.serving.measured import compare_measured, load_measured
-    from moesim.serving.opening import open_arrivals
+    from moesim.serving.opening import open_arrivals, parse_mix
     from moesim.serving.profiles import MoeProfile
     from moesim.units import parse
 
@@ -93,13 +109,15 @@ def run(
         check_output(output, force=force)
     if (trace is None) == (model is None):
         raise InputError("give --trace (routing of the model served), or --model to make up a typical routing; one of them")
-    if trace is None and (tokens or domain or phase):
-        raise InputError("--tokens, --domain and --phase select from --trace; give one")
+    if trace is None and (tokens or domain or phase or mix):
+        raise InputError("--tokens, --domain, --phase and --mix select from --trace; give one")
     limits = Slo.parse(slo) if slo else None
     theirs = load_measured(measured) if measured else None
     source = open_trace(trace, tokens=tokens, domain=domain, phase=phase) if trace else None
-    spec = source.model if source else load_model(str(model))
+    spec = source.model if source else load_model(str(model), dense=True)
+    routing = Routing.of(source, mix=parse_mix(mix or ())) if source else None
     where = load_cluster(cluster)
+    where = first_devices(where, devices) if devices else where
     requests = open_arrivals(arrivals, seed=seed)
     if first:
         requests = requests.first(first)
@@ -123,10 +141,12 @@ def run(
         "cluster": where,
         "cost": CostModel.of(where, spec, transport=transport),
         "placement": loaded.placement if loaded else None,
-        "tp": parse_layout(layout, where.size) if layout else 1,
+        "tp": parse_layout(layout, where.size) if layout else 1 if spec.moe_layers else where.size,
         "max_seqs": max_seqs,
         "max_batch_tokens": max_batch_tokens,
         "memory_share": memory_share,
+        "cache_tokens": cache_tokens,
+        "prefix_cache": prefix_cache,
         "split": split,
         "exchange": exchange,
         "ahead": ahead,
@@ -137,7 +157,7 @@ def run(
     ahead_of = Deployment(name="prefill", replicas=prefill, **values) if prefill else None
     deployment = Deployment(name=loaded.name if loaded else "in order", replicas=replicas, prefill=ahead_of, **values)
     with progress("serving"):
-        result = serve(requests, deployment, routing=Routing.of(source) if source else None, seed=seed, slo=limits)
+        result = serve(requests, deployment, routing=routing, seed=seed, slo=limits)
     rows = compare_measured(result, theirs) if theirs else None
     data = result.to_dict() | ({"measured": rows} if rows else {})
     if output:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from moesim.serving.slo import Slo
 
 SCHEMA_VERSION = 1
 HEADROOM = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)  # shares of capacity left free, tried in turn until the plan, served, keeps the objectives
+EVENT_BINS, BEFORE, AFTER = 120, 4, 8  # of a change looked at closely; before and after it, in times its length
 MISS = 10.0  # price of a missed request, in rents of serving one on the size that does it cheapest
 
 
@@ -92,6 +93,36 @@ class Scaling:
             for n, devices in enumerate(self.plan.devices_N)
         ]
 
+    def event(self) -> dict[str, Any] | None:
+        """The largest growth of the plan (without one, the first change) as it was served: requests waiting and running, slowest first token.
+
+        `slowest_first_s` is of the requests that arrive in an interval of `bin_s`; None where none does, or one is not served.
+        """
+        if not self.plan.changes:
+            return None
+        change = max(self.plan.changes, key=lambda change: (change.after - change.before, -change.at_s))
+        long_s = max(change.seconds, change.down_s, 1.0)
+        start_s = max(0.0, change.at_s - BEFORE * long_s)
+        bin_s = (change.at_s + AFTER * long_s - start_s) / EVENT_BINS
+        middle_s_N, run = start_s + bin_s * (np.arange(EVENT_BINS) + 0.5), self.served
+
+        def until(times: NDArray[np.float64]) -> NDArray[np.int64]:
+            """[bins] how many of these happened by the middle of each bin."""
+            return np.searchsorted(np.sort(times[np.isfinite(times)]), middle_s_N, side="right")
+
+        came, began, done = until(run.arrival_s_R[np.isfinite(run.start_s_R)]), until(run.start_s_R), until(run.end_s_R)
+        place_R = np.floor((run.arrival_s_R - start_s) / bin_s)
+        slowest = [run.ttft_s_R[place_R == n] for n in range(EVENT_BINS)]
+        return {
+            **asdict(change),
+            "start_s": start_s,
+            "bin_s": bin_s,
+            "waiting": (came - began).tolist(),
+            "running": (began - done).tolist(),
+            "slowest_first_s": [float(times.max()) if len(times) and np.isfinite(times).all() else None for times in slowest],
+            "limit_s": self.slo.ttft_s,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -106,6 +137,7 @@ class Scaling:
             "transitions": [each.to_dict() for each in self.sizes.transitions.values()],
             "solvers": {name: cost.to_dict() for name, cost in self.bills.items()},
             "timeline": self.timeline(),
+            "event": self.event(),
             "outlooks": [each.to_dict() for each in self.outlooks],
             "headroom": self.headroom,
             "notes": list(self.notes),
@@ -205,12 +237,6 @@ def scale(
     outlooks = [first, Outlook(case="traffic doubles, same plan", cost=cost, served=run(plan, ready, twice, slo, seed=seed), plan=plan)]
     if (again := planned(more_N, twice, "traffic doubles, planned for")[0]) is not None:
         outlooks.append(again)
-    for at_s, device in failures:
-        progress(0.9, f"what if device {device} dies")
-        changes, recovered = with_failure(plan, ready, at_s, device, routing=routing, load_LE=load_LE, seed=seed)
-        served = serve(arrivals, ready.deployment(int(plan.devices_N[0])), slo=slo, seed=seed, changes=changes)
-        case = f"device {device} dies after {at_s:g} s"
-        outlooks.append(Outlook(case=case, cost=first.cost, served=served, plan=plan, recoveries=(recovered,)))
     notes = [
         "requests beyond an interval's capacity are counted as missed and not carried over; the plan served shows what queues do",
         "capacity is measured on these requests, sped up or slowed down: bursts inside an interval grow with the rate",
@@ -218,6 +244,18 @@ def scale(
         *ready.notes,
         *outlooks[0].served.notes,
     ]
+    for at_s, device in failures:
+        serving = in_use(plan, at_s)
+        if device >= serving or serving <= largest.tp:
+            unused = f"nobody notices: the first {serving} devices serve then"
+            what = unused if device >= serving else "nothing serves from then on: no rank is left"
+            notes.insert(0, f"device {device} dies after {at_s:g} s, and {what}")
+            continue
+        progress(0.9, f"what if device {device} dies")
+        changes, recovered = with_failure(plan, ready, at_s, device, routing=routing, load_LE=load_LE, seed=seed)
+        served = serve(arrivals, ready.deployment(int(plan.devices_N[0])), slo=slo, seed=seed, changes=changes)
+        case = f"device {device} dies after {at_s:g} s"
+        outlooks.append(Outlook(case=case, cost=first.cost, served=served, plan=plan, recoveries=(recovered,)))
     if headroom:
         notes.insert(0, f"planned with {headroom:.0%} of every size's capacity left free: with less the plan, served, kept the objectives less often")
     if not first.served.meets_slo:
@@ -255,6 +293,12 @@ def doubled(arrivals: Arrivals, *, seed: int = 0) -> Arrivals:
     return Arrivals(arrival_s_R=times[order], prompt_R=prompts, output_R=outputs, name=f"{arrivals.name}, doubled", made_from=arrivals.made_from)
 
 
+def in_use(plan: ScalingPlan, at_s: float) -> int:
+    """Devices that serve at a time: those of the last change that was done by then."""
+    done = next((each for each in reversed(plan.changes) if each.at_s + each.seconds <= at_s), None)
+    return done.after if done else int(plan.devices_N[0])
+
+
 def with_failure(
     plan: ScalingPlan,
     sizes: Sizes,
@@ -269,8 +313,7 @@ def with_failure(
 
     Raises InputError when the device is not in use at that time.
     """
-    in_force = next((each for each in reversed(plan.changes) if each.at_s + each.seconds <= at_s), None)
-    devices = in_force.after if in_force else int(plan.devices_N[0])
+    devices = in_use(plan, at_s)
     if not 0 <= device < devices:
         raise InputError(f"device {device} is not in use after {at_s:g} s, when {devices} devices serve; name one of those")
     using = sizes.deployment(devices)

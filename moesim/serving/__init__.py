@@ -1,6 +1,6 @@
 """Serving: requests, batches and key-value memory over time."""
 
-from moesim.serving.arrivals import Arrivals
+from moesim.serving.arrivals import Arrivals, Prefixes
 from moesim.serving.changes import Change
 from moesim.serving.deployment import Deployment
 from moesim.serving.formats import load_arrivals
@@ -16,6 +16,7 @@ __all__ = [
     "Arrivals",
     "Change",
     "Deployment",
+    "Prefixes",
     "Routing",
     "ServingResult",
     "Slo",

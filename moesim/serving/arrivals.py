@@ -18,11 +18,34 @@ MOST_TOKENS = 2**30  # of one request: above this a file is damaged
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Prefixes:
+    """Which prompts begin alike: ids_A names the blocks of `tokens` tokens of all prompts, one after the other, starts_R (R+1) where
+    each prompt's begin. Equal ids: the same tokens after the same tokens. Raises InputError for shapes that do not fit."""
+
+    ids_A: NDArray[np.int64]
+    starts_R: NDArray[np.int64]
+    tokens: int
+
+    def __post_init__(self) -> None:
+        starts = self.starts_R
+        if self.tokens < 1 or not len(starts) or starts[0] != 0 or starts[-1] != len(self.ids_A) or (np.diff(starts) < 0).any():
+            raise InputError(f"prefix blocks of {self.tokens} tokens: starts must rise from 0 to the {len(self.ids_A)} ids")
+
+    def take(self, rows: NDArray[np.integer]) -> Prefixes:
+        """Those of some requests, in this order."""
+        count_R = np.diff(self.starts_R)[rows]
+        starts = np.concatenate([[0], np.cumsum(count_R)])
+        place_A = np.repeat(self.starts_R[rows] - starts[:-1], count_R) + np.arange(starts[-1])
+        return Prefixes(ids_A=self.ids_A[place_A], starts_R=starts, tokens=self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Arrivals:
     """R requests in the order they arrive.
 
     arrival_s_R         seconds from the start of the run, >= 0, rising
     prompt_R, output_R  tokens, int64, >= 1
+    prefixes            which prompts begin alike, where the log says it
     made_from           file and format, or generator with its parameters and seed
     notes               what was left out or repaired while reading
 
@@ -32,6 +55,7 @@ class Arrivals:
     arrival_s_R: NDArray[np.float64]
     prompt_R: NDArray[np.int64]
     output_R: NDArray[np.int64]
+    prefixes: Prefixes | None = None
     name: str = "arrivals"
     made_from: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -50,17 +74,35 @@ class Arrivals:
         object.__setattr__(self, "arrival_s_R", arrival)
         for what in ("prompt_R", "output_R"):
             object.__setattr__(self, what, _tokens(getattr(self, what), len(arrival), f"{self.name}: {what}"))
+        if self.prefixes is not None and len(self.prefixes.starts_R) != len(arrival) + 1:
+            raise InputError(f"{self.name}: prefix blocks of {len(self.prefixes.starts_R) - 1} prompts for {len(arrival)} requests")
 
     @classmethod
-    def of(cls, arrival_s: ArrayLike, prompt: ArrayLike, output: ArrayLike, *, notes: tuple[str, ...] = (), **more: Any) -> Arrivals:
+    def of(
+        cls,
+        arrival_s: ArrayLike,
+        prompt: ArrayLike,
+        output: ArrayLike,
+        *,
+        prefixes: Prefixes | None = None,
+        notes: tuple[str, ...] = (),
+        **more: Any,
+    ) -> Arrivals:
         """Arrivals in any order; they are sorted, and a note says how many came out of order."""
         times = np.asarray(arrival_s, np.float64)
         late = int((np.diff(times) < 0).sum()) if times.ndim == 1 else 0
         if not late:
-            return cls(arrival_s_R=times, prompt_R=np.asarray(prompt), output_R=np.asarray(output), notes=notes, **more)
+            return cls(arrival_s_R=times, prompt_R=np.asarray(prompt), output_R=np.asarray(output), prefixes=prefixes, notes=notes, **more)
         order = np.argsort(times, kind="stable")
         notes = (*notes, f"{late} requests came before the one above them; they were sorted by arrival")
-        return cls(arrival_s_R=times[order], prompt_R=np.asarray(prompt)[order], output_R=np.asarray(output)[order], notes=notes, **more)
+        return cls(
+            arrival_s_R=times[order],
+            prompt_R=np.asarray(prompt)[order],
+            output_R=np.asarray(output)[order],
+            prefixes=prefixes.take(order) if prefixes else None,
+            notes=notes,
+            **more,
+        )
 
     def __len__(self) -> int:
         return len(self.arrival_s_R)
@@ -73,16 +115,32 @@ class Arrivals:
     @cached_property
     def digest(self) -> str:
         """Names the requests, wherever they came from."""
-        return digest(self.arrival_s_R.tobytes(), self.prompt_R.tobytes(), self.output_R.tobytes())
+        alike = [self.prefixes.ids_A.tobytes(), self.prefixes.starts_R.tobytes()] if self.prefixes else []
+        return digest(self.arrival_s_R.tobytes(), self.prompt_R.tobytes(), self.output_R.tobytes(), *alike)
 
     def between(self, start_s: float, end_s: float) -> Arrivals:
         """Requests that arrive in start_s <= t < end_s, counted from start_s."""
         low, high = np.searchsorted(self.arrival_s_R, [start_s, end_s])
-        return self._part(slice(int(low), int(high)), start_s, f"between {start_s:g} and {end_s:g} s")
+        what = f"between {start_s:g} and {end_s:g} s"
+        if low == high:
+            raise InputError(f"{self.name}: no request arrives {what}; the last arrives at {self.span_s:g} s")
+        part = self.take(np.arange(low, high), f"only requests {what}")
+        return replace(part, arrival_s_R=part.arrival_s_R - start_s)
 
     def first(self, requests: int) -> Arrivals:
         """The first requests."""
-        return self if requests >= len(self) else self._part(slice(0, requests), 0.0, f"first {requests}")
+        return self if requests >= len(self) else self.take(np.arange(requests), f"only the first {requests} requests")
+
+    def take(self, rows: NDArray[np.integer], note: str) -> Arrivals:
+        """Some requests by number, rising, at their times; the note says which."""
+        return replace(
+            self,
+            arrival_s_R=self.arrival_s_R[rows],
+            prompt_R=self.prompt_R[rows],
+            output_R=self.output_R[rows],
+            prefixes=self.prefixes.take(rows) if self.prefixes else None,
+            notes=(*self.notes, note),
+        )
 
     def times(self, factor: float) -> Arrivals:
         """The same requests, `factor` times as many in a second."""
@@ -90,14 +148,6 @@ class Arrivals:
             raise InputError(f"{self.name}: traffic factor {factor!r} must be finite and > 0")
         return replace(
             self, arrival_s_R=self.arrival_s_R / factor, notes=(*self.notes, f"traffic x {factor:g}: the same requests, their gaps divided by it")
-        )
-
-    def _part(self, rows: slice, start_s: float, what: str) -> Arrivals:
-        if not len(self.arrival_s_R[rows]):
-            raise InputError(f"{self.name}: no request arrives {what}; the last arrives at {self.span_s:g} s")
-        part = (self.prompt_R[rows], self.output_R[rows])
-        return replace(
-            self, arrival_s_R=self.arrival_s_R[rows] - start_s, prompt_R=part[0], output_R=part[1], notes=(*self.notes, f"only requests {what}")
         )
 
     def per_second(self, bin_s: float) -> NDArray[np.float64]:

@@ -39,6 +39,7 @@ class Deployment:
     exchange       how tokens reach experts: all-to-all (the cost model's transport), or all-gather and reduce-scatter
     ahead          a step is scheduled while the one before it runs (vLLM: async scheduling): the host's work is hidden, and a request
                    waits one step more
+    prefix_cache   prompts that begin alike share cached blocks, and find those of earlier ones (vLLM: enable_prefix_caching)
     balance        least-loaded: a request goes to a rank as it arrives; shared: it waits in one queue for the first free place
     prefill        instances that only compute prompts and hand them over (disaggregated serving); None: prompts are computed here
     hand_over_Bps  bandwidth out of a prefill rank (None: the NIC, else the link, of its device)
@@ -65,6 +66,7 @@ class Deployment:
     exchange: Literal["all-to-all", "all-gather"] = "all-to-all"
     balance: Literal["least-loaded", "shared"] = "least-loaded"
     ahead: bool = False
+    prefix_cache: bool = False
     prefill: Deployment | None = None
     hand_over_Bps: float | None = None
     host_s: float = HOST_S
@@ -89,6 +91,11 @@ class Deployment:
         if self.exchange not in EXCHANGES or self.balance not in BALANCES:
             known = f"{' or '.join(EXCHANGES)}, {' or '.join(BALANCES)}"
             raise InputError(f"deployment {self.name!r}: exchange={self.exchange!r}, balance={self.balance!r}; use {known}")
+        if not self.model.moe_layers and (self.cluster.size > self.tp or self.split or self.expert_profile):
+            raise InputError(
+                f"deployment {self.name!r}: {self.model.name} has no experts to spread, cut or measure; lay it out as tp{self.cluster.size}, "
+                "with replicas for more"
+            )
         if self.split and (self.placement is not None or self.model.intermediate % self.cluster.size):
             raise InputError(
                 f"deployment {self.name!r}: experts of width {self.model.intermediate} cut over {self.cluster.size} devices take no placement, and a "

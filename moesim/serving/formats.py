@@ -24,13 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import InputError
-from moesim.serving.arrivals import MOST_TOKENS, Arrivals
+from moesim.serving.arrivals import MOST_TOKENS, Arrivals, Prefixes
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Floats = NDArray[np.float64]
 MOST_REQUESTS = 5_000_000
+UNIT_TOKENS = 512  # of one of Mooncake's hash_ids
 _BLOCK_B = 8 * 2**20
 
 
@@ -101,6 +102,7 @@ class _Rows:
         self.file, self.most, self.form, self.kind = file, most, "", ""
         self.header: list[str] = []
         self.parts: list[tuple[Floats, Floats, Floats]] = []
+        self.units: list[NDArray[np.int64]] = []  # hash_ids of each row kept
         self.rows = self.failed = 0
         self.full = False
 
@@ -160,9 +162,16 @@ class _Rows:
                 raise InputError(f"{self.file}: line {number} is not JSON: {problem}") from None
             if not isinstance(record, Mapping):
                 raise InputError(f"{self.file}: line {number} holds {type(record).__name__}, expected one JSON object per line")
-            records.append({key: str(value) for key, value in record.items() if key in wanted})
+            records.append({key: str(value) for key, value in record.items() if key in wanted} | {"hash_ids": self._ids(record, number)})
             lines.append(number)
-        return (pd.DataFrame(records, dtype=str), np.asarray(lines, np.int64)) if records else (None, None)
+        return (pd.DataFrame(records, dtype=object), np.asarray(lines, np.int64)) if records else (None, None)
+
+    def _ids(self, record: Mapping[str, Any], line: int) -> NDArray[np.int64]:
+        """Names of the blocks of its prompt, empty where the log gives none."""
+        given = record.get("hash_ids", [])
+        if not isinstance(given, list) or not all(type(name) is int and 0 <= name < 2**63 for name in given):
+            raise InputError(f"{self.file}: line {line}: hash_ids is {str(given)[:60]!r}; expected a list of whole numbers >= 0")
+        return np.asarray(given, np.int64)
 
     def _take(self, table: pd.DataFrame, lines: Any) -> None:
         import pandas as pd
@@ -171,6 +180,7 @@ class _Rows:
         if missing := [name for name in form.columns if name not in table.columns]:
             raise InputError(f"{self.file}: line {lines[0]}: no {missing[0]!r}; expected {', '.join(form.columns)}")
         kept = table.iloc[: max(0, self.most - self.rows)]
+        kept = kept.assign(**{name: kept[name].str.strip('" ') for name in form.columns})
         self.full = len(kept) < len(table)
         if not len(kept):
             return
@@ -191,6 +201,8 @@ class _Rows:
         self.rows += len(kept)
         self.failed += int((~served).sum())
         self.parts.append((seconds[served], tokens[0][served], tokens[1][served]))
+        if "hash_ids" in kept:
+            self.units += kept["hash_ids"][served].tolist()
 
     def _since(self, stamps: NDArray[Any]) -> Floats:
         """Seconds since the first row's time, exact to the digits of the file."""
@@ -210,14 +222,24 @@ class _Rows:
             notes.append(f"{self.failed} of {self.rows} rows have 0 prompt or output tokens (failed requests) and were left out")
         if self.full:
             notes.append(f"only the first {self.most:,} requests of the file were read")
-        if self.form == "mooncake":
-            notes.append("hash_ids are not used: no prompt shares its cached prefix with another")
+        if any(self.header) and not self.form:
+            self._recognised(self.header, None)
         if self.rows == self.failed:
             raise InputError(f"{self.file}: holds no requests" + (f": all {self.rows} rows have 0 tokens" if self.rows else "; it is empty"))
         seconds, prompt, output = (np.concatenate(columns) for columns in zip(*self.parts, strict=True))
+        prefixes = None
+        if any(map(len, self.units)):
+            starts = np.concatenate([[0], np.cumsum([len(names) for names in self.units])])
+            prefixes = Prefixes(ids_A=np.concatenate(self.units), starts_R=starts, tokens=UNIT_TOKENS)
         return Arrivals.of(
-            seconds - seconds.min(), prompt, output, name=self.file.name, made_from={"file": self.file.name, "form": self.form}, notes=tuple(notes)
-        )  # fmt: skip
+            seconds - seconds.min(),
+            prompt,
+            output,
+            prefixes=prefixes,
+            name=self.file.name,
+            made_from={"file": self.file.name, "form": self.form},
+            notes=tuple(notes),
+        )
 
 
 def _blocks(file: Path) -> Iterator[tuple[int, str]]:

@@ -1,7 +1,8 @@
-"""Arrivals by one text, as people write them: a file, or a process with its numbers."""
+"""Arrivals and mixes of domains by texts, as people write them: a file, or a process with its numbers; domains from a time on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,21 @@ def open_arrivals(text: str, *, seed: int) -> Arrivals:
         )
     except ValueError as problem:
         raise InputError(f"arrivals {text!r}: {problem}") from None
+
+
+def parse_mix(texts: Sequence[str]) -> list[tuple[float, Mapping[str, float]]]:
+    """(from second, {domain: weight}) of texts such as "9h:code=3,prose=1", as `Routing.of` takes them. Raises InputError."""
+    found: list[tuple[float, Mapping[str, float]]] = []
+    for text in texts:
+        start, colon, rest = text.partition(":")
+        try:
+            if not colon:
+                raise ValueError("no colon")
+            pairs = [part.rpartition("=") for part in rest.split(",")]
+            found.append((seconds(start.strip()), {name.strip(): float(weight) for name, _, weight in pairs}))
+        except ValueError as problem:
+            raise InputError(f"mix {text!r}: {problem}; write the time and weights of domains, such as 9h:code=3,prose=1") from None
+    return found
 
 
 def seconds(text: str) -> float:

@@ -41,6 +41,7 @@ class ServingResult:
 
     seen_s_R when the engine first looked at it (the end of the step under way as it came; of a disaggregated run, at decoding);
     start_s_R first taken into a batch, first_s_R first token out, end_s_R last; again_R times a request was sent back and computed again
+    reused_R        prompt tokens found in the prefix cache
     step_parts_s    seconds of all instances' steps by what they were spent on
     device_s        devices times seconds they were there (over the run, changes included); busy_s: computing or exchanging
     """
@@ -54,6 +55,7 @@ class ServingResult:
     first_s_R: Floats
     end_s_R: Floats
     again_R: NDArray[np.int64]
+    reused_R: NDArray[np.int64]
     refused: int
     slo: Slo | None
     series: Series
@@ -147,6 +149,7 @@ class ServingResult:
             "latency_s": spread(self.latency_s_R),
             "queue_s": spread(self.queue_s_R),
             "sent_back": int(self.again_R.sum()),
+            "reused_prompt_tokens": int(self.reused_R.sum()),
             "steps": self.steps,
             "utilisation": self.busy_s / self.device_s if self.device_s else None,
             "device_hours": self.device_s / 3600,
@@ -169,6 +172,7 @@ class ServingResult:
             "first_token_s": _numbers(self.first_s_R),
             "end_s": _numbers(self.end_s_R),
             "sent_back": self.again_R.tolist(),
+            "reused": self.reused_R.tolist(),
         }
         return {
             "schema_version": SCHEMA_VERSION,

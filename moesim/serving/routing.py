@@ -102,7 +102,7 @@ class Routing:
             window_H=np.zeros(1),
             mix_HD=np.ones((1, 1)),
             digest=digest("typical", model.digest, str(spread), str(tokens), str(seed)),
-            notes=(f"routing: no trace was given; tokens choose independently, experts differ by a typical spread of {spread:g}",),
+            notes=(f"routing: no trace was given; tokens choose independently, experts differ by a typical spread of {spread:g}",) if layers else (),
         )
 
     def draw(self, rng: np.random.Generator, tokens: int, *, prompts: bool, window: int) -> NDArray[np.int64]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 _SERIES = 2048  # intervals aimed at
+MOST_UNITS = 1 << 28  # of the prefix cache, on all ranks: 12 bytes each
 ENERGY_NOTE = "energy is an estimate: board power while a device computes or exchanges, none while it waits; at most: board power all the time"
 
 
@@ -67,6 +68,7 @@ def serve(
         raise InputError(f"{arrivals.name}: no request fits the key-value cache of a rank, {room:,} tokens; give more memory or shorter requests")
     found = _run(arrivals, fits_R, stages, stage_C, changes, seed)
     notes = [note for stage in stages for law in _laws(stage) for note in law.notes] + list(arrivals.notes)
+    notes.append(_said_of_prefixes(arrivals, deployment, found))
     refused = int((~fits_R).sum())
     if refused:
         notes.append(f"{refused} of {len(arrivals)} requests exceed the key-value cache of a rank ({room:,} tokens) and were refused")
@@ -88,6 +90,14 @@ def serve(
     )
 
 
+def _said_of_prefixes(arrivals: Arrivals, deployment: Deployment, found: ServingResult) -> str:
+    if deployment.prefix_cache:
+        whole = int(found.prompt_R[np.isfinite(found.end_s_R)].sum())
+        return f"prefix cache: {found.reused_R.sum() / whole:.1%} of prompt tokens were found in the cache of the rank their request went to"
+    known = "the requests name blocks that prompts share" if arrivals.prefixes else "the requests do not say which prompts begin alike"
+    return f"prefix cache: off, every prompt is computed in full ({known})"
+
+
 def _plan_digest(deployment: Deployment) -> str | None:
     from moesim.files import digest
 
@@ -101,6 +111,7 @@ def _check_same(first: Deployment, other: Deployment) -> None:
         ("balance", first.balance, other.balance),
         ("ahead", first.ahead, other.ahead),
         ("block_tokens", first.block_tokens, other.block_tokens),
+        ("prefix_cache", first.prefix_cache, other.prefix_cache),
         ("separate prefill", first.prefill is not None, other.prefill is not None),
     ):
         if mine != theirs:
@@ -132,7 +143,8 @@ def _run(
 
     ranks_Z2, blocks_Z2 = table(lambda pool: pool.ranks), table(lambda pool: pool.cache_tokens_per_rank // pool.block_tokens)
     rows = int(ranks_Z2.max(axis=0).sum())
-    req = kernel.Requests.of(arrivals.arrival_s_R[fits_R], arrivals.prompt_R[fits_R], arrivals.output_R[fits_R])
+    first_unit_R, unit_A, unit_tokens = _units(arrivals, fits_R, stages[0], rows)
+    req = kernel.Requests.of(arrivals.arrival_s_R[fits_R], arrivals.prompt_R[fits_R], arrivals.output_R[fits_R], first_unit_R, unit_A)
     limits = kernel.Stages(
         ranks_Z2=ranks_Z2,
         width_Z2=table(lambda pool: pool.width),
@@ -141,15 +153,31 @@ def _run(
         blocks_Z2=blocks_Z2,
         hand_Z2=np.asarray([_hand_over(stage) for stage in stages]),
         block_tokens=stages[0].block_tokens,
+        unit_tokens=unit_tokens,
         shared=stages[0].balance == "shared",
         ahead=stages[0].ahead,
     )
-    state = kernel.Ranks.of(rows, int(limits.seqs_Z2.max()))
+    state = kernel.Ranks.of(rows, int(limits.seqs_Z2.max()), int(unit_A.max(initial=-1)) + 1)
     sums = kernel.Found.of(2 * len(stages), max(float(req.arrival_R[-1]) / _SERIES, 1e-9))
     left = kernel.run(np.uint64(seed), req, state, limits, _kernel_laws(stages), _kernel_changes(changes, stage_C, rows), sums)
     if left:
         raise SimulationError(f"{left} of {len(req.arrival_R)} requests were never served: no rank could take them")
     return _result(arrivals, fits_R, stages, stage_C, changes, seed, req, sums, float((blocks_Z2 * ranks_Z2).sum(axis=1).max()))
+
+
+def _units(arrivals: Arrivals, fits_R: NDArray[np.bool_], deployment: Deployment, ranks: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Where each request's units of the prefix cache begin, their numbers from 0, and tokens of one (0: no prefix cache)."""
+    if not deployment.prefix_cache:
+        return np.zeros(int(fits_R.sum()) + 1, np.int64), np.zeros(0, np.int64), 0
+    if arrivals.prefixes is None:
+        raise InputError(f"{arrivals.name}: does not say which prompts begin alike, as Mooncake's hash_ids do; serve it without a prefix cache")
+    alike = arrivals.prefixes.take(np.flatnonzero(fits_R))
+    if alike.tokens % deployment.block_tokens:
+        raise InputError(f"{arrivals.name}: units of {alike.tokens} tokens are no whole blocks of {deployment.block_tokens}; change block_tokens")
+    names, number_A = np.unique(alike.ids_A, return_inverse=True)
+    if len(names) * ranks > MOST_UNITS:
+        raise InputError(f"{arrivals.name}: {len(names):,} units of prompts on {ranks} ranks exceed {MOST_UNITS:,}; serve the first requests only")
+    return alike.starts_R, number_A.astype(np.int64), alike.tokens
 
 
 def _kernel_changes(changes: Sequence[Change], stage_C: list[int], ranks: int) -> kernel.Changes:
@@ -273,6 +301,7 @@ def _result(
         first_s_R=all_R(req.first_R, np.nan),
         end_s_R=all_R(req.end_R, np.nan),
         again_R=all_R(req.again_R, 0),
+        reused_R=all_R(req.reused_R, 0),
         refused=0,
         slo=None,
         series=Series(

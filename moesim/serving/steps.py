@@ -132,19 +132,19 @@ class StepLaw:
             )
         grid = token_grid(deployment.width * deployment.max_batch_tokens)
         dense, head, context_s, pair_s = _dense(deployment, grid)
-        windows = len(chosen.window_H)
-        tables = np.zeros((3, windows, 2, len(grid), DRAWS))
+        windows = len(chosen.window_H) if model.moe_layers else 0
+        tables = np.zeros((3, len(chosen.window_H), 2, len(grid), DRAWS))
         outside_B = np.zeros(len(grid), bool)
         for h in range(windows):
             for mode in (0, 1):
                 tables[:, h, mode], outside = _drawn(deployment, chosen, grid, prompts=bool(mode), window=h, seed=seed)
                 outside_B |= outside
-        notes = [APPROXIMATION.format(draws=DRAWS), NOTE, HOST_NOTE.format(time=human(deployment.host_s, "s")), *chosen.notes]
-        if deployment.expert_profile is not None:
-            notes += [*deployment.expert_profile.notes, *(note for note in cost.notes if "expert kernel" not in note)]
-        else:
-            notes += cost.notes
-        notes += _uniform_exchange(deployment, grid)[1]
+        notes = [NOTE, HOST_NOTE.format(time=human(deployment.host_s, "s")), *chosen.notes]
+        if model.moe_layers:
+            notes.insert(0, APPROXIMATION.format(draws=DRAWS))
+        own = deployment.expert_profile.notes if deployment.expert_profile else ()
+        notes += [*own, *(note for note in cost.notes if not (own or not model.moe_layers) or "expert kernel" not in note)]
+        notes += [*_collective(cost, "all_reduce", grid, deployment.tp)[1], *_uniform_exchange(deployment, grid)[1]]
         if outside_B.any():
             counts = grid[outside_B]
             notes.append(
@@ -206,7 +206,8 @@ def _dense(deployment: Instance, grid: NDArray[np.int64]) -> tuple[Floats, Float
         per_token = model.layers / tp
         found.append((dense, product(grid, weights.vocabulary / 2), decode / many / long * per_token, prompt / many / (long / 2) * per_token))
     dense_s, head_s, context_s, pair_s = (np.max(np.asarray(part), axis=0) for part in zip(*found, strict=True))
-    dense_s = dense_s + model.layers * _collective(deployment.costs, "all_reduce", grid * deployment.costs.combine_B, tp)[0]
+    sums = 2 * model.layers - sparse  # after attention, and after the MLP of a dense layer
+    dense_s = dense_s + sums * _collective(deployment.costs, "all_reduce", grid * deployment.costs.combine_B, tp)[0]
     return dense_s, head_s, float(context_s), float(pair_s)
 
 

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moesim.errors import MoesimError
 from moesim.sweep import shelf
 from moesim.sweep.kinds.capacity import CapacityFields, deployment_of, requests_of, routing_of
 
 if TYPE_CHECKING:
-    from moesim.optimize.scale import Scaling
     from moesim.serving import Arrivals
 
-Floats = NDArray[np.float64]
 TOKENS_PER_DEVICE = 4096  # of the step in which load and traffic are shown, and placements are judged
 RIVALS = ("linear", "eplb")  # placements that every deployment's own is compared with
 MOST_REQUESTS = 50_000  # of an instance whose size is planned: beyond, planning takes longer than many a sweep
 MOST_INTERVALS, FEWEST_INTERVALS = 48, 4
 STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 86400)
 CHANCE = 1e-3  # that traffic of one rate is taken for varying
-EVENT_BINS, BEFORE, AFTER = 120, 4, 8  # of a change looked at closely; before and after it, in times its length
 
 
 def one_step(fields: CapacityFields) -> list[dict[str, Any]]:
@@ -71,7 +67,7 @@ def placements(fields: CapacityFields) -> tuple[dict[str, Any] | None, list[str]
 
 
 def scaled(fields: CapacityFields) -> tuple[dict[str, Any] | None, str]:
-    """Size of one instance over time, as `Scaling.to_dict()` with a change looked at closely; else None, and why there is none."""
+    """Size of one instance over time, as `Scaling.to_dict()`; else None, and why there is none."""
     from moesim.optimize.scale import scale
     from moesim.serving import Slo
     from moesim.serving.sizes import Sizes, halves
@@ -111,19 +107,14 @@ def scaled(fields: CapacityFields) -> tuple[dict[str, Any] | None, str]:
         return None, str(problem)
     if found is None:
         return None, str(solution.notes.get("reason", "no size keeps the objective at any rate"))
-    return {**found.to_dict(), "instances": fields.replicas, "event": event(found)}, ""
+    return {**found.to_dict(), "instances": fields.replicas}, ""
 
 
 def dealt(requests: Arrivals, instances: int) -> Arrivals:
     """What one of several instances serves: every so-many-th request."""
     if instances == 1:
         return requests
-    mine = slice(0, None, instances)
-    note = f"one of {instances} instances: every {instances}th request"
-    return replace(
-        requests, arrival_s_R=requests.arrival_s_R[mine], prompt_R=requests.prompt_R[mine], output_R=requests.output_R[mine],
-        notes=(*requests.notes, note),
-    )  # fmt: skip
+    return requests.take(np.arange(0, len(requests), instances), f"one of {instances} instances: every {instances}th request")
 
 
 def interval_of(span_s: float, longest_s: float) -> float:
@@ -143,36 +134,3 @@ def varies(requests: Arrivals, interval_s: float) -> bool:
     if len(whole) < 2:
         return False
     return bool(((whole - whole.mean()) ** 2).sum() / whole.mean() > chi2.isf(CHANCE, len(whole) - 1))
-
-
-def event(found: Scaling) -> dict[str, Any] | None:
-    """The largest growth of the plan (without one, the first change) as it was served: requests waiting and running, slowest first token.
-
-    `slowest_first_s` is of the requests that arrive in an interval of `bin_s`; None where none does, or one is not served.
-    """
-    if not found.plan.changes:
-        return None
-    change = max(found.plan.changes, key=lambda change: (change.after - change.before, -change.at_s))
-    long_s = max(change.seconds, change.down_s, 1.0)
-    start_s = max(0.0, change.at_s - BEFORE * long_s)
-    bin_s = (change.at_s + AFTER * long_s - start_s) / EVENT_BINS
-    edge_s_N = start_s + bin_s * np.arange(EVENT_BINS + 1)
-    run = found.served
-
-    def until(times: Floats) -> NDArray[np.int64]:
-        """[bins] how many of these happened by the middle of each bin."""
-        return np.searchsorted(np.sort(times[np.isfinite(times)]), edge_s_N[:-1] + bin_s / 2, side="right")
-
-    taken_R = np.isfinite(run.start_s_R)
-    came, began, done = until(run.arrival_s_R[taken_R]), until(run.start_s_R), until(run.end_s_R)
-    place_R = np.floor((run.arrival_s_R - start_s) / bin_s)
-    slowest = [run.ttft_s_R[place_R == n] for n in range(EVENT_BINS)]
-    return {
-        **asdict(change),
-        "start_s": start_s,
-        "bin_s": bin_s,
-        "waiting": (came - began).tolist(),
-        "running": (began - done).tolist(),
-        "slowest_first_s": [float(times.max()) if len(times) and np.isfinite(times).all() else None for times in slowest],
-        "limit_s": found.slo.ttft_s,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from moesim.errors import InputError
+from moesim.files import digest
 from moesim.sweep import shelf
 from moesim.units import parse
 
@@ -83,6 +85,11 @@ def _slo(text: str) -> str:
     return str(Slo.parse(text))
 
 
+def _model(name: str) -> str:
+    """Names all of a model but its name: its own digest leaves out what routing does not depend on."""
+    return digest(json.dumps(shelf.model(name).to_dict() | {"name": "", "source": ""}, sort_keys=True))
+
+
 def _always(value: str) -> bool:
     return True
 
@@ -98,7 +105,7 @@ SolverName = Annotated[str, Source(content=_solver, is_path=_never)]
 PolicyName = Annotated[str, Source(content=_policy, is_path=_never)]
 SystemName = Annotated[str, Source(content=_system, is_path=_never)]
 ArrivalsText = Annotated[str, Source(content=lambda text: shelf.arrivals(text, 0).digest, is_path=lambda text: not _PROCESS.match(text))]
-ModelName = Annotated[str, Source(content=lambda name: shelf.model(name).digest, is_path=lambda name: name.endswith(".json"))]
+ModelName = Annotated[str, Source(content=_model, is_path=lambda name: name.endswith(".json"))]
 SloText = Annotated[str, Source(content=_slo, is_path=_never)]
 Range = Annotated[str, Field(pattern=r"^[\d.%\s]*:[\d.%\s]*$")]
 Share = Annotated[float, Field(ge=0, le=1), quantity("1")]

@@ -6,7 +6,7 @@ running requests first, in the order they came, then waiting ones, within a budg
 finds no block sends the youngest running request back to the queue, to be computed again.
 
 Import only from inside functions: numba costs a quarter of a second. numba notices no edit in a called function: delete
-`__pycache__` after one. Suffixes: R requests, W ranks of both pools, Z stages, X laws (2*stage + pool), B token counts,
+`__pycache__` after one. Suffixes: R requests, W ranks of both pools, Z stages, X laws (2*stage + pool), B token counts, U units of prompts,
 D draws, M (0 decode, 1 prompt), H windows of the mix, C changes, N intervals of the time series.
 """
 

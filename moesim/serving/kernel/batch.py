@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from moesim.serving.kernel.prefix import known_units, make_room, use_known
 from moesim.serving.kernel.queues import pop, send_back
-from moesim.serving.kernel.state import Found, Laws, Ranks, Requests, Stages, compiled, inlined
+from moesim.serving.kernel.state import COUNT, Found, Laws, Ranks, Requests, Stages, inlined
 
 
-@compiled
+@inlined
 def schedule(w: int, shared: int, t: float, pool: int, z: int, admit: bool, idle: bool, req: Requests, ranks: Ranks, stages: Stages) -> None:
     """Fill the step of rank w; its load goes to load_W5.
 
@@ -18,7 +19,7 @@ def schedule(w: int, shared: int, t: float, pool: int, z: int, admit: bool, idle
     while the last step ran. What waits at the rank comes before the queue `shared`.
     """
     budget, block = stages.tokens_Z2[z, pool], stages.block_tokens
-    free = stages.blocks_Z2[z, pool] - ranks.used_W[w]
+    blocks, per_unit = stages.blocks_Z2[z, pool], stages.unit_tokens // stages.block_tokens
     late = stages.ahead and not idle
     places = stages.seqs_Z2[z, pool] - (ranks.done_W[w] if late else 0)
     decode, prompt, context, pairs, sampled = 0, 0, 0, 0.0, 0
@@ -38,14 +39,15 @@ def schedule(w: int, shared: int, t: float, pool: int, z: int, admit: bool, idle
             if late and req.seen_R[q] >= t:
                 break
         held, known = req.computed_R[q], req.prompt_R[q] + req.made_R[q]
+        units, unused = known_units(q, w, req, ranks, stages) if per_unit > 0 and fresh and held == 0 else (0, 0)
+        held += units * stages.unit_tokens
         chunk = min(known - held, budget)
-        need = (held + chunk + block - 1) // block - req.blocks_R[q]
-        if need > free:
+        own = (held + chunk + block - 1) // block - req.blocks_R[q] - (req.units_R[q] + units) * per_unit
+        if own + unused * per_unit > blocks - ranks.used_W[w]:
             if fresh:
                 break
             last = ranks.running_W[w] - 1
-            free += req.blocks_R[ranks.batch_WS[w, last]]
-            send_back(w, last, True, req, ranks)
+            send_back(w, last, True, req, ranks, stages)
             sent_back = True
             if last == i:
                 break
@@ -57,9 +59,12 @@ def schedule(w: int, shared: int, t: float, pool: int, z: int, admit: bool, idle
             req.rank_R[q] = w
             if np.isnan(req.start_R[q]):
                 req.start_R[q] = t
-        free -= need
-        ranks.used_W[w] += need
-        req.blocks_R[q] += need
+            if units > 0:
+                use_known(q, w, units, req, ranks, stages)
+        ranks.used_W[w] += own
+        req.blocks_R[q] += own
+        if ranks.unused_W3[w, COUNT] > 0:
+            make_room(w, blocks, ranks, stages)
         req.chunk_R[q] = chunk
         budget -= chunk
         if chunk == 1 and req.made_R[q] > 0:
@@ -93,7 +98,7 @@ def _drawn(i: int, tokens: int, share: float, d: int, x: int, window: int, laws:
     return value
 
 
-@compiled
+@inlined
 def step_s(first: int, width: int, x: int, window: int, slow: float, seed: Any, ranks: Ranks, laws: Laws, found: Found) -> float:
     """Seconds of the step of the group that begins at rank `first`. A rank without work runs one token along."""
     total, most, prompt, dense = 0, 0, 0.0, 0.0

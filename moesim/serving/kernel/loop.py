@@ -6,8 +6,9 @@ from heapq import heappop, heappush
 from typing import Any
 
 from moesim.serving.kernel.batch import schedule, step_s
+from moesim.serving.kernel.prefix import keep_computed, release
 from moesim.serving.kernel.queues import least_loaded, next_look, push
-from moesim.serving.kernel.state import BINS, FOREVER, NONE, Changes, Found, Laws, Ranks, Requests, Stages, compiled
+from moesim.serving.kernel.state import BINS, FOREVER, NONE, Changes, Found, Laws, Ranks, Requests, Stages, compiled, inlined
 from moesim.serving.kernel.transition import apply
 
 
@@ -17,6 +18,7 @@ def run(seed: Any, req: Requests, ranks: Ranks, stages: Stages, laws: Laws, chan
     requests, shared = len(req.arrival_R), len(ranks.used_W) - 1
     base_1 = int(stages.ranks_Z2[:, 0].max())  # first rank of pool 1
     entry = 1 if stages.ranks_Z2[0, 1] > 0 else 0  # pool that computes prompts
+    keeps = stages.unit_tokens > 0  # what prompts begin with
     z, c, window, now, coming, left = 0, 0, 0, 0.0, 0, requests
     paused_until, down_until, slow_until, slow = 0.0, 0.0, 0.0, 1.0
     handed = [(FOREVER, NONE)]  # heap of (time, request) on their way from pool 1 to pool 0
@@ -49,11 +51,10 @@ def run(seed: Any, req: Requests, ranks: Ranks, stages: Stages, laws: Laws, chan
             low, width = pool * base_1, stages.width_Z2[z, pool]
             for first in range(low, low + stages.ranks_Z2[z, pool], width):
                 if ranks.end_W[first] <= now:
-                    left -= _finish(first, width, now, pool, z, handed, req, ranks, stages, found)
+                    left -= _finish(first, width, now, pool, z, keeps and pool == entry, handed, req, ranks, stages, found)
         while handed[0][0] <= now:
             q = heappop(handed)[1]
-            ranks.used_W[req.rank_R[q]] -= req.blocks_R[q]
-            req.blocks_R[q] = 0
+            release(q, int(req.rank_R[q]), req, ranks, stages)
             w = least_loaded(0, stages.ranks_Z2[z, 0], 4, ranks)
             req.seen_R[q] = next_look(w, 0, stages.width_Z2[z, 0], now, ranks)
             push(q, w, req, ranks)
@@ -98,8 +99,10 @@ def run(seed: Any, req: Requests, ranks: Ranks, stages: Stages, laws: Laws, chan
     return left
 
 
-@compiled
-def _finish(first: int, width: int, now: float, pool: int, z: int, handed: Any, req: Requests, ranks: Ranks, stages: Stages, found: Found) -> int:
+@inlined
+def _finish(
+    first: int, width: int, now: float, pool: int, z: int, keeps: bool, handed: Any, req: Requests, ranks: Ranks, stages: Stages, found: Found
+) -> int:
     """End the step of the group that begins at rank `first`. Returns how many requests are done."""
     done, x = 0, 2 * z + pool
     place = min(int(now / found.bin_s[0]), BINS - 1)
@@ -114,6 +117,8 @@ def _finish(first: int, width: int, now: float, pool: int, z: int, handed: Any, 
                 req.chunk_R[q] = 0
                 before = req.computed_R[q]
                 req.computed_R[q] = before + chunk
+                if keeps and before < req.prompt_R[q]:
+                    keep_computed(q, w, req, ranks, stages)
                 fed = max(0, min(before + chunk, req.prompt_R[q]) - before)
                 found.series_5N[4, place] += fed
                 found.tokens_X2[x, 1] += fed
@@ -125,7 +130,7 @@ def _finish(first: int, width: int, now: float, pool: int, z: int, handed: Any, 
                         req.first_R[q] = now
                     if req.made_R[q] == req.output_R[q]:
                         req.end_R[q] = now
-                        ranks.used_W[w] -= req.blocks_R[q]
+                        release(q, w, req, ranks, stages)
                         ranks.done_W[w] += 1
                         continue
                     if pool == 1:  # the blocks stay until the copy is done
@@ -139,7 +144,7 @@ def _finish(first: int, width: int, now: float, pool: int, z: int, handed: Any, 
     return done
 
 
-@compiled
+@inlined
 def _count(t0: float, t1: float, waiting: int, running: int, blocks: int, found: Found) -> None:
     """Add three levels over t0..t1 to the series; intervals double when time outgrows them."""
     series = found.series_5N

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moesim.serving.kernel.state import FOREVER, Ranks, Requests, compiled, inlined
+from moesim.serving.kernel.prefix import release
+from moesim.serving.kernel.state import FOREVER, Ranks, Requests, Stages, compiled, inlined
 
 
 @inlined
@@ -55,14 +56,14 @@ def next_look(w: int, low: int, width: int, now: float, ranks: Ranks) -> float:
 
 
 @compiled
-def send_back(w: int, i: int, lose: bool, req: Requests, ranks: Ranks) -> None:
+def send_back(w: int, i: int, lose: bool, req: Requests, ranks: Ranks, stages: Stages) -> None:
     """The i-th running request of w gives its blocks back and waits in front; `lose`: what it computed is gone, too."""
     q = ranks.batch_WS[w, i]
     for j in range(i, ranks.running_W[w] - 1):
         ranks.batch_WS[w, j] = ranks.batch_WS[w, j + 1]
     ranks.running_W[w] -= 1
-    ranks.used_W[w] -= req.blocks_R[q]
-    req.blocks_R[q] = req.chunk_R[q] = 0
+    release(q, w, req, ranks, stages)
+    req.chunk_R[q] = 0
     if lose:
         req.computed_R[q] = 0
         req.again_R[q] += 1

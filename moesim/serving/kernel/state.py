@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Smalls = NDArray[np.int32]
 NONE = -1
+USERS, OLDER, NEWER = 0, 1, 2  # columns of Ranks.units_WU3
+OLDEST, NEWEST, COUNT = 0, 1, 2  # columns of Ranks.unused_W3
 BINS = 4096
 FOREVER = np.inf
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,9 +50,13 @@ class Requests(NamedTuple):
     first_R: Floats
     end_R: Floats
     again_R: Ints  # times its cache was lost
+    reused_R: Ints  # prompt tokens it found in the cache
+    units_R: Ints  # units of its prompt in use from the prefix cache; `blocks_R` are beside them
+    first_unit_R: Ints  # [R + 1] where its units begin in unit_A
+    unit_A: Ints
 
     @classmethod
-    def of(cls, arrival_R: Floats, prompt_R: Ints, output_R: Ints) -> Requests:
+    def of(cls, arrival_R: Floats, prompt_R: Ints, output_R: Ints, first_unit_R: Ints, unit_A: Ints) -> Requests:
         """None begun."""
         count = len(arrival_R)
 
@@ -74,6 +81,10 @@ class Requests(NamedTuple):
             first_R=unknown(),
             end_R=unknown(),
             again_R=zeros(),
+            reused_R=zeros(),
+            units_R=zeros(),
+            first_unit_R=first_unit_R,
+            unit_A=unit_A,
         )
 
 
@@ -91,10 +102,12 @@ class Ranks(NamedTuple):
     done_W: Ints  # requests of the rank that were finished by that step
     steps_W: Ints  # of the group, so far
     port_W: Floats  # when the rank's outgoing hand-overs are done
+    units_WU3: Smalls  # of a unit of prompts: requests that use it (-1: not held); of those nobody uses, the ones used before and after it
+    unused_W3: Ints  # units nobody uses: the one unused for longest, the one used last, how many
     load_W5: Floats  # of the step: decode tokens, prompt tokens, cached tokens read, query-key pairs, tokens sampled
 
     @classmethod
-    def of(cls, ranks: int, seqs: int) -> Ranks:
+    def of(cls, ranks: int, seqs: int, units: int) -> Ranks:
         """All idle."""
 
         def zeros() -> Ints:
@@ -112,6 +125,8 @@ class Ranks(NamedTuple):
             done_W=zeros(),
             steps_W=zeros(),
             port_W=np.zeros(ranks + 1),
+            units_WU3=np.full((ranks + 1, units, 3), NONE, np.int32),
+            unused_W3=np.zeros((ranks + 1, 3), np.int64),
             load_W5=np.zeros((ranks + 1, 5)),
         )
 
@@ -126,6 +141,7 @@ class Stages(NamedTuple):
     blocks_Z2: Ints
     hand_Z2: Floats  # hand-over of a prompt: seconds, and seconds per token
     block_tokens: int
+    unit_tokens: int  # of a unit of the prefix cache; 0: there is none
     shared: bool  # one queue before all ranks
     ahead: bool  # a step is scheduled while the one before it runs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moesim.serving.kernel.prefix import forget
 from moesim.serving.kernel.queues import least_loaded, next_look, pop, push, send_back
 from moesim.serving.kernel.state import FOREVER, Changes, Ranks, Requests, Stages, compiled
 
@@ -18,7 +19,8 @@ def apply(c: int, z: int, now: float, base_1: int, req: Requests, ranks: Ranks, 
             if w >= low + after or changes.lost_CW[c, w]:
                 lose = changes.lost_CW[c, w] or not changes.keep_C[c]
                 for i in range(ranks.running_W[w] - 1, -1, -1):
-                    send_back(w, i, lose, req, ranks)
+                    send_back(w, i, lose, req, ranks, stages)
+                forget(w, ranks)
         if before != after or stages.width_Z2[z, pool] != stages.width_Z2[new, pool]:
             _regroup(low, before, max(stages.width_Z2[z, pool], 1), after, max(stages.width_Z2[new, pool], 1), ranks)
         if before != after or changes.lost_CW[c].any():
