@@ -17,7 +17,7 @@ from moesim.sim.tasks import Block, Task
 
 def execute(*blocks: list[Task], capacity: tuple[float, ...] = (1.0,)) -> Runner:
     program = (Block(label=(i, 0), tasks=tasks, span=((), tasks)) for i, tasks in enumerate(blocks))
-    runner = Runner(Fabric(simpy.Environment(), np.asarray(capacity)), program, on_task=lambda _: None, on_block=lambda _: None)
+    runner = Runner(Fabric(simpy.Environment(), np.asarray(capacity)), program)
     runner.run()
     return runner
 

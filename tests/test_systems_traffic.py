@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,13 @@ import pytest
 from conftest import clustered_routing, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from systems_cases import Writer, chain_ids, cluster_of, even_ids, plan_of, writer_in, zipf_ids
 
 from moesim.cost import CostModel
 from moesim.errors import InputError, PlanError
 from moesim.hardware import Cluster
 from moesim.plan import Placement
 from moesim.sim.event import EventResult, simulate_event
+from moesim.studies.cases import Bench, Writer, chain_ids, cluster_of, even_ids, plan_of, proportional, zipf_ids
 from moesim.systems import SYSTEMS, Coherent, Materialised, System, bigmac, exflow, hecate, lsh, moepp
 from moesim.trace import NO_EXPERT, Trace, TraceStats
 
@@ -23,8 +24,9 @@ MODEL = tiny_model(layers=2, experts=32, top_k=1, hidden=2048, intermediate=1024
 
 
 @pytest.fixture(scope="module")
-def write(tmp_path_factory: pytest.TempPathFactory) -> Writer:
-    return writer_in(tmp_path_factory.mktemp("traces"))
+def write() -> Iterator[Writer]:
+    with Bench() as bench:
+        yield bench.trace
 
 
 def share_of_exchanges(event: EventResult) -> float:
@@ -36,7 +38,7 @@ def network_for_share(trace: Trace, wanted: float, *, nodes: int = 2, local: int
     low, high = 1e8, 1e12
     for _ in range(40):
         middle = float(np.sqrt(low * high))
-        cluster = cluster_of("a100-80", nodes, local, nic_Bps=middle)
+        cluster = cluster_of("a100-80", nodes, local, nic_Bps=middle, fitted=False)
         share = share_of_exchanges(simulate_event(trace, plan_of(MODEL, nodes * local), cluster, tokens_per_device=tokens, mode="training"))
         low, high = (middle, high) if share > wanted else (low, middle)
     assert share == pytest.approx(wanted, abs=1e-3)
@@ -62,9 +64,9 @@ def moved_share_L(event: EventResult, model_hidden: int) -> np.ndarray:  # type:
 @pytest.mark.parametrize("loyalty", [1.0, 0.67, 0.0])
 def test_affinity_cuts_the_planted_share_of_what_moves_and_nothing_without_affinity(write: Writer, loyalty: float) -> None:
     model = replace(MODEL, layers=7, moe_layers=tuple(range(1, 7)))
-    cluster = cluster_of("a100-80", 2, 4)
-    learnt = write(model, chain_ids(20_000, 6, 32, loyalty))
-    held_out = write(model, chain_ids(20_000, 6, 32, loyalty, seed=1))
+    cluster = cluster_of("a100-80", 2, 4, fitted=False)
+    learnt = write(model, chain_ids(20_000, model, loyalty))
+    held_out = write(model, chain_ids(20_000, model, loyalty, seed=1))
     affine = exflow.affinity_placement(TraceStats.of(learnt), 8)
 
     def moved(trace: Trace, placement: Placement | int) -> np.ndarray:  # type: ignore[type-arg]
@@ -76,8 +78,8 @@ def test_affinity_cuts_the_planted_share_of_what_moves_and_nothing_without_affin
 
 
 def test_coherence_halves_the_exchanges_of_single_expert_routing_and_computes_the_same(write: Writer) -> None:
-    cluster = cluster_of("a100-80", 2, 4)
-    trace = write(MODEL, zipf_ids(4096, 2, 32, 0.5))
+    cluster = cluster_of("a100-80", 2, 4, fitted=False)
+    trace = write(MODEL, zipf_ids(4096, MODEL, 0.5))
     plain, coherent = (simulate_event(trace, plan_of(MODEL, 8), cluster, tokens_per_device=256, system=name) for name in ("plain", "exflow"))
     assert coherent.exchanges * 2 == plain.exchanges == 4
     np.testing.assert_array_equal(plain.tokens_SLG, coherent.tokens_SLG)
@@ -130,9 +132,9 @@ def test_gathered_experts_respect_time_and_memory(write: Writer) -> None:
     assert [list(hot) for hot in rule.chosen(load, gatherable=9)] == [[1, 3], []]
     assert [list(hot) for hot in rule.chosen(load, gatherable=1)] == [[1], []]
     assert [list(hot) for hot in replace(rule, slots=0).chosen(load, gatherable=9)] == [[], []]
-    trace = write(MODEL, zipf_ids(8 * 512 * 6, 2, 32, 1.0))
+    trace = write(MODEL, zipf_ids(8 * 512 * 6, MODEL, 1.0))
     for nic in (1e9, 4e9, 12.5e9, 50e9):
-        cluster = cluster_of("a100-80", 2, 4, nic_Bps=nic)
+        cluster = cluster_of("a100-80", 2, 4, nic_Bps=nic, fitted=False)
         event = simulate_event(trace, plan_of(MODEL, 8), cluster, tokens_per_device=512, context=16384, system=hecate.make(slots=5))
         assert event.gathered <= 5 * 5 / 6  # the first of six steps has no past to learn from
         assert "gather" not in event.critical_path_s, "it is hidden behind attention"
@@ -141,11 +143,11 @@ def test_gathered_experts_respect_time_and_memory(write: Writer) -> None:
 
 def test_hecate_gains_nothing_from_even_load_and_more_on_the_slower_machine(write: Writer) -> None:
     model = replace(MODEL, hidden=1024)
-    even = write(model, even_ids(4, 8, 512, 2, 32))
-    skewed, hot = (write(model, zipf_ids(8 * 4096 * 5, 2, 32, skew)) for skew in (1.0, 2.0))
+    even = write(model, even_ids(512, MODEL))
+    skewed, hot = (write(model, zipf_ids(8 * 4096 * 5, MODEL, skew)) for skew in (1.0, 2.0))
 
     def step_gain(trace: Trace, device: str, nic_Bps: float, tokens: int) -> float:
-        cluster = cluster_of(device, 2, 4, nic_Bps=nic_Bps)
+        cluster = cluster_of(device, 2, 4, nic_Bps=nic_Bps, fitted=False)
         run = {"tokens_per_device": tokens, "context": 2048, "mode": "training"}
         plain, other = (simulate_event(trace, plan_of(model, 8), cluster, system=s, **run) for s in ("plain", hecate.make(slots=6)))  # type: ignore[arg-type]
         return float(plain.step_s_S[1:].sum() / other.step_s_S[1:].sum())
@@ -178,36 +180,36 @@ def test_gathered_experts_are_computed_at_home_and_nothing_is_lost(write: Writer
 
 @pytest.mark.parametrize("width", [0.125, 0.25, 0.5])
 def test_bigmac_bytes_scale_exactly_with_the_width(write: Writer, width: float) -> None:
-    trace = write(MODEL, zipf_ids(4096, 2, 32, 0.5))
-    cluster = cluster_of("a100-80", 2, 4)
+    trace = write(MODEL, zipf_ids(4096, MODEL, 0.5))
+    cluster = cluster_of("a100-80", 2, 4, fitted=False)
     plain, low = (simulate_event(trace, plan_of(MODEL, 8), cluster, system=system) for system in ("plain", bigmac.make(width=width)))
     np.testing.assert_array_equal(low.traffic_B_LGG, plain.traffic_B_LGG * width)
 
 
 @given(nic=st.floats(3e8, 2e11), width=st.sampled_from([0.1, 0.25, 0.51]), tokens=st.sampled_from([256, 4096]))
 def test_fewer_bytes_never_beat_amdahl(write: Writer, nic: float, width: float, tokens: int) -> None:
-    trace = write(MODEL, zipf_ids(8 * 256, 2, 32, 0.5))
-    cluster = cluster_of("a100-80", 2, 4, nic_Bps=nic)
+    trace = write(MODEL, zipf_ids(8 * 256, MODEL, 0.5))
+    cluster = cluster_of("a100-80", 2, 4, nic_Bps=nic, fitted=False)
     for system in (bigmac.make(width=width), lsh.make(ratio=width)):
         found, share = gain(trace, cluster, system, tokens=tokens)
         assert found <= 1 / (1 - share + share * width) * (1 + 1e-9)
 
 
 def test_bigmac_reaches_its_headline_only_with_two_thirds_of_the_time_in_exchanges(write: Writer) -> None:
-    trace = write(MODEL, zipf_ids(8 * 512, 2, 32, 0.3))
+    trace = write(MODEL, zipf_ids(8 * 512, MODEL, 0.3))
     slow = network_for_share(trace, 0.80, tokens=16384)
     reached, share = gain(trace, slow, bigmac.make(width=0.125), tokens=16384)
     assert reached > 3.09
     assert share >= 0.676
     less, share = gain(trace, network_for_share(trace, 0.60, tokens=16384), bigmac.make(width=0.125), tokens=16384)
     assert less < 3.09
-    island, share = gain(trace, cluster_of("a100-80", 1, 8), bigmac.make(width=0.25), tokens=4096)
+    island, share = gain(trace, cluster_of("a100-80", 1, 8, fitted=False), bigmac.make(width=0.25), tokens=4096)
     assert share < 0.2
     assert island < 1.05
 
 
 def test_lsh_reaches_its_lower_band_at_45_percent_and_never_its_upper(write: Writer) -> None:
-    trace = write(MODEL, zipf_ids(8 * 512, 2, 32, 0.3))
+    trace = write(MODEL, zipf_ids(8 * 512, MODEL, 0.3))
     cluster = network_for_share(trace, 0.45, tokens=16384)
     half, _ = gain(trace, cluster, lsh.make(ratio=0.51), tokens=16384)
     assert half == pytest.approx(1.28, abs=0.03)
@@ -220,21 +222,13 @@ def test_lsh_reaches_its_lower_band_at_45_percent_and_never_its_upper(write: Wri
 # MoE++
 
 
-def proportional(cluster: Cluster) -> CostModel:
-    """Experts whose time is proportional to their tokens: no launch, no tiles, no memory limit."""
-    cost = CostModel.of(cluster, MODEL)
-    name = cluster.devices[0].name
-    kernel = replace(cost.kernels[name], launch_s=0.0, token_s=0.0, tile_overhead=0.0, wave_tail=0.0, prologue=0.0, tile_rows=(1,), reread=0.0)
-    return replace(cost, kernels={name: kernel}, peaks={name: replace(cost.peaks[name], memory_Bps=1e18)})
-
-
 @pytest.mark.parametrize("zeros", [0, 8, 16, 24])
 def test_a_share_of_free_experts_leaves_the_rest_of_the_work(write: Writer, zeros: int) -> None:
-    cluster = cluster_of("a100-80", 2, 4)
-    trace = write(MODEL, even_ids(2, 8, 512, 2, 32))
+    cluster = cluster_of("a100-80", 2, 4, fitted=False)
+    trace = write(MODEL, even_ids(256, MODEL))
     spread = np.arange(32).reshape(4, 8).T.reshape(1, 32).repeat(2, axis=0)  # every device has as many free experts
     plan = plan_of(MODEL, Placement(slots_LP=spread, slots_G=np.full(8, 4), experts=32, layers=MODEL.moe_layers))
-    run = {"tokens_per_device": 512, "cost": proportional(cluster)}
+    run = {"tokens_per_device": 512, "cost": proportional(CostModel.of(cluster, MODEL))}
     plain = simulate_event(trace, plan, cluster, **run)  # type: ignore[arg-type]
     free = simulate_event(trace, plan, cluster, system=moepp.make(experts=tuple(range(-zeros, 0))), **run)  # type: ignore[arg-type]
     left = 1 - zeros / 32
@@ -244,30 +238,30 @@ def test_a_share_of_free_experts_leaves_the_rest_of_the_work(write: Writer, zero
 
 
 def test_moepp_reaches_its_headline_at_52_percent(write: Writer) -> None:
-    cluster = cluster_of("a100-80", 2, 4)
-    ids = even_ids(1, 8, 1600, 2, 25)  # 25 experts, 13 of them free
+    cluster = cluster_of("a100-80", 2, 4, fitted=False)
+    ids = even_ids(512, MODEL, experts=25)  # 25 experts, 13 of them free
     model = replace(MODEL, experts=32)
     trace = write(model, ids)
     plan = plan_of(
         model,
         Placement(slots_LP=np.tile(np.arange(32).reshape(4, 8).T.reshape(1, 32), (2, 1)), slots_G=np.full(8, 4), experts=32, layers=model.moe_layers),
     )
-    cost = proportional(cluster)
+    cost = proportional(CostModel.of(cluster, MODEL))
     plain = simulate_event(trace, plan, cluster, tokens_per_device=1600, cost=cost)
     free = simulate_event(trace, plan, cluster, tokens_per_device=1600, cost=cost, system=moepp.make(experts=tuple(range(12, 25))))
     assert plain.compute_s_SLG.sum() / free.compute_s_SLG.sum() == pytest.approx(1 / 0.48, rel=1e-9)
 
 
 def test_free_experts_outside_the_model_are_refused(write: Writer) -> None:
-    trace = write(MODEL, zipf_ids(256, 2, 32, 0.0))
+    trace = write(MODEL, zipf_ids(256, MODEL, 0.0))
     with pytest.raises(InputError, match="zero-cost expert 32 is outside"):
-        simulate_event(trace, plan_of(MODEL, 8), cluster_of("a100-80", 2, 4), system=moepp.make(experts=(32,)))
+        simulate_event(trace, plan_of(MODEL, 8), cluster_of("a100-80", 2, 4, fitted=False), system=moepp.make(experts=(32,)))
 
 
 def test_systems_compose(write: Writer) -> None:
     """Mechanisms of different papers in one system: LSH's bytes over Tutel's pipeline."""
-    trace = write(MODEL, zipf_ids(8 * 512, 2, 32, 0.3))
-    cluster = cluster_of("a100-80", 2, 4, nic_Bps=3e9)
+    trace = write(MODEL, zipf_ids(8 * 512, MODEL, 0.3))
+    cluster = cluster_of("a100-80", 2, 4, nic_Bps=3e9, fitted=False)
     both = replace(SYSTEMS["tutel"], name="both", exchange=replace(SYSTEMS["tutel"].exchange, bytes_scale=0.5))
     times = [gain(trace, cluster, s)[0] for s in (SYSTEMS["tutel"], lsh.make(ratio=0.5), both)]
     assert times[2] > max(times[:2])

@@ -14,6 +14,7 @@ NAME = "systems"
 _WORDS = {
     "bytes_scale": "bytes of a token copy, over its hidden state",
     "project": "projection before and after the exchange, over the hidden size",
+    "masks": "tokens dispatched by dense products with one-hot masks, capacity factor",
     "transports": "transports to choose from",
     "forward": "pipeline degrees to choose from, forward",
     "backward": "pipeline degrees to choose from, backward",

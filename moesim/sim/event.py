@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from moesim.cost import CostModel
 from moesim.cost.collectives import PORTS
-from moesim.errors import InputError
+from moesim.errors import InputError, SimulationError
 from moesim.hardware import Cluster, load_links
 from moesim.plan import Plan
 from moesim.result import Result
@@ -31,16 +31,17 @@ from moesim.sim.copies import CopyUse, Fetcher
 from moesim.sim.dense import MODES, NOTE, Mode, dense_times, gather_s
 from moesim.sim.fabric import Fabric, Wiring, link_use
 from moesim.sim.hops import LinkLoads
-from moesim.sim.layers import Pass, passes, projection_s, variants, without_oversubscription
+from moesim.sim.layers import Pass, encode_s, passes, sent_LGG, variants, without_oversubscription
 from moesim.sim.ledger import Ledger
 from moesim.sim.lockstep import CHUNK_COUNTS, CHUNK_TOKENS, inputs_of, step_chunks
 from moesim.sim.program import Chunk, Program, Setting, tokens_by_slot
 from moesim.sim.residency import settle
 from moesim.sim.streams import Runner
-from moesim.sim.tasks import ALL, Block, Task
+from moesim.sim.tasks import ALL, Block
 from moesim.sim.timeline import Timeline
 from moesim.systems import SYSTEMS, System
-from moesim.systems.routing import Routed
+from moesim.systems.routing import Routed, nested
+from moesim.systems.slicing import Sliced, held_G
 from moesim.systems.transforms import edit_of
 from moesim.trace import Trace
 
@@ -127,30 +128,27 @@ def simulate_event(
     Steps and tokens are as in `moesim.sim.simulate`. Memory does not grow with the steps beyond the result's arrays.
     Same inputs, same bytes. Raises PlanError, InputError; SimulationError when an invariant breaks.
     """
-    chosen = _system(system)
-    if mode not in MODES:
-        raise InputError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
+    chosen = _system(system, mode)
+    batches = chosen.schedule.batches
     if tokens_per_device < 1 or context < 1:
         raise InputError(f"tokens_per_device={tokens_per_device}, context={context}: both must be >= 1")
-    if (chosen.ring or chosen.residency) and mode == "training":
-        raise InputError(f"system {chosen.name!r} copies experts from the host, which is modelled for inference only; use prefill or decode")
-    batches = chosen.schedule.batches
-    if batches > 1 and mode == "training":
-        raise InputError(f"system {chosen.name!r} overlaps two batches, which is modelled for inference only; use prefill or decode")
     plan.check_fits(trace.model, cluster.size, place=f"plan {plan.name!r}")
     base = cost or CostModel.of(cluster, trace.model)
     ways = variants(base, chosen.exchange)
     costs = without_oversubscription(base) if contention else base
     dense = dense_times(costs, tokens=tokens_per_device / batches, context=context, mode=mode)
     wiring = Wiring.of(cluster)
+    slices = next((each.slices for each in nested(chosen.routing) if isinstance(each, Sliced)), 1)
+    held = held_G(plan.placement, cluster.node_G, slices)
     setting = Setting(
         cost=costs,
         variants=[without_oversubscription(way) for way in ways] if contention else ways,
         placement=plan.placement,
         system=chosen,
         dense=dense,
-        project_s_G=projection_s(costs, tokens_per_device / batches, chosen.exchange.project),
-        fetch_s_G=_fetch_s(chosen, plan, trace, cluster),
+        held_G=held,
+        encode_s_G=encode_s(costs, tokens_per_device / batches, chosen.exchange),
+        fetch_s_G=_fetch_s(chosen, held * trace.model.expert_B, cluster),
         links=LinkLoads(wiring, cluster.node_G),
         contention=contention,
     )
@@ -184,17 +182,20 @@ def simulate_event(
             yield from program.blocks(chunk)
             first += len(routed.gathered_SL)
 
-    with ExitStack() as stack:
-        on_task = ledger.task_ended
-        if timeline is not None:
-            track = stack.enter_context(Timeline(Path(timeline), cluster))
-
-            def on_task(task: Task) -> None:
-                ledger.task_ended(task)
-                track.add(task)
-
-        runner = Runner(Fabric(simpy.Environment(), wiring.capacity_K), blocks(), on_task=on_task, on_block=ledger.block_ended)
+    fabric = Fabric(simpy.Environment(), wiring.capacity_K)
+    with nullcontext() if timeline is None else Timeline(Path(timeline), cluster) as track:
+        runner = Runner(
+            fabric,
+            blocks(),
+            on_wait=ledger.waited,
+            on_block=ledger.block_ended,
+            on_task=track.add if track else None,
+        )
         runner.run()
+    sent_K = totals.load_K + program.gathers_K
+    if contention and not np.allclose(fabric.carried_K, sent_K, rtol=1e-9):
+        k = int(np.argmax(np.abs(fabric.carried_K - sent_K)))
+        raise SimulationError(f"link {wiring.names_K[k]} carried {fabric.carried_K[k]:g} B of {sent_K[k]:g} B sent; a flow was lost or made twice")
     seconds = float(ledger.end_S[-1])
     weight = full * steps / trace.tokens
     notes = [*(note for way in ways for note in way.notes), NOTE, *totals.notes(steps)]
@@ -218,7 +219,7 @@ def simulate_event(
         critical_path_s=dict(sorted(ledger.path_s.items())),
         stall_s=dict(sorted(ledger.stall_s.items())),
         stream_use={_title(*name): stream.busy_s / seconds if seconds else 0.0 for name, stream in sorted(runner.streams.items())},
-        link_use=link_use(wiring.names_K, totals.load_K + program.gathers_K, wiring.capacity_K, seconds),
+        link_use=link_use(wiring.names_K, sent_K, wiring.capacity_K, seconds),
         exchanges=program.exchanges / steps,
         tasks=runner.tasks,
         events=runner.events,
@@ -248,7 +249,7 @@ class _Totals:
         both = [chunk.forward, *([chunk.backward] if chunk.backward else [])]
         work = [tuple(p.degree_SL[..., None] * x for x in (p.there.whole_SL[..., None], p.compute_SLG, p.back.whole_SL[..., None])) for p in both]
         there, compute, back = (np.sum(parts, axis=0) for parts in zip(*work, strict=True))
-        self._times.append((there[..., 0], compute, back[..., 0], traffic.device_tokens_SLG(routed.placement)))
+        self._times.append((there[..., 0], compute, back[..., 0], traffic.device_tokens_SLG(routed.placement) / routed.slices))
         for p in both:
             for back in (False, True):  # the backward pass goes both ways reversed
                 self._book_bytes(routed, p, returning=back, back=back == (p is chunk.forward))
@@ -271,10 +272,10 @@ class _Totals:
                 copies = routed.copies(cost, back=returning)
                 size_B = (cost.combine_B if returning else cost.dispatch_B) * setting.system.exchange.bytes_scale
                 pairs_SLGG = np.where(at_SL[:, :, None, None], copies.pairs_SLGG, 0.0)
-                moving = pairs_SLGG.sum(axis=0) * ~np.eye(pairs_SLGG.shape[2], dtype=bool) * size_B
+                moving = sent_LGG(pairs_SLGG, routed.slices) * size_B
                 self._bytes_LGG += np.swapaxes(moving, 1, 2) if back else moving
                 pairs, nodes = pairs_SLGG.sum(axis=(0, 1)), copies.nodes_SLGN[at_SL].sum(axis=0)
-                self.load_K += sum(setting.links.exchange(pairs, nodes, size_B, cost.algorithm, back=back))
+                self.load_K += size_B * sum(setting.links.exchange(pairs, nodes, cost.algorithm, back=back, slices=routed.slices))
 
     def notes(self, steps: int) -> list[str]:
         """What the reader must know."""
@@ -301,12 +302,18 @@ class _Totals:
         }
 
 
-def _system(system: System | str) -> System:
-    if isinstance(system, System):
-        return system
-    if system not in SYSTEMS:
+def _system(system: System | str, mode: Mode) -> System:
+    """The system, if there is one of that name and it can run in this mode."""
+    if isinstance(system, str) and system not in SYSTEMS:
         raise InputError(f"system {system!r} is unknown; use one of {', '.join(sorted(SYSTEMS))}")
-    return SYSTEMS[system]
+    chosen = SYSTEMS[system] if isinstance(system, str) else system
+    if mode not in MODES:
+        raise InputError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
+    if mode == "training" and (chosen.ring or chosen.residency):
+        raise InputError(f"system {chosen.name!r} copies experts from the host, which is modelled for inference only; use prefill or decode")
+    if mode == "training" and chosen.schedule.batches > 1:
+        raise InputError(f"system {chosen.name!r} overlaps two batches, which is modelled for inference only; use prefill or decode")
+    return chosen
 
 
 def _forward(setting: Setting, routed: Routed, first: int) -> Pass:
@@ -323,23 +330,22 @@ def _forward(setting: Setting, routed: Routed, first: int) -> Pass:
     return replace(forward, compute_SLG=compute)
 
 
-def _fetch_s(system: System, plan: Plan, trace: Trace, cluster: Cluster) -> list[float]:
+def _fetch_s(system: System, layer_B_G: NDArray[np.float64], cluster: Cluster) -> list[float]:
     """Seconds of copying one layer's experts from the host, per device; zeros without a ring."""
-    slots = plan.placement.slots_G.tolist()
     if system.ring is None:
-        return [0.0] * len(slots)
+        return [0.0] * len(layer_B_G)
     name, links = system.ring.link, load_links()
     if name is not None and name not in links:
         raise InputError(f"ring link {name!r} is not known; known: {', '.join(sorted(links))}")
     found = []
-    for g, count in enumerate(slots):
+    for g, size_B in enumerate(layer_B_G.tolist()):
         host = cluster.host(g)
         if name is None and host is None:
             raise InputError(
                 f"device {g} of {cluster.name!r} has no host to copy experts from; add one to the cluster's file, or name the ring's link"
             )
         link = links[name] if name is not None else host.link  # type: ignore[union-attr]
-        found.append(link.latency_s + count * trace.model.expert_B / link.bandwidth_Bps)
+        found.append(link.latency_s + size_B / link.bandwidth_Bps)
     return found
 
 

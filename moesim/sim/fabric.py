@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import simpy
@@ -92,35 +93,49 @@ class Wiring:
         )
 
     @cached_property
-    def _flat(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        pair_N, hop_N = np.nonzero(self.path_GGH.reshape(-1, self.path_GGH.shape[2]) >= 0)
-        return pair_N, self.path_GGH.reshape(-1, self.path_GGH.shape[2])[pair_N, hop_N].astype(np.int64)
+    def _crossed(self) -> Any:
+        """Sparse [G*G, K]: 1 where the way of a pair of devices crosses a link."""
+        from scipy.sparse import csr_array
 
-    def loads(self, bytes_GG: Floats) -> Floats:
-        """load_K bytes on every link of a traffic matrix; its diagonal stays at home.
+        pair_N, hop_N = np.nonzero(self.path_GGH.reshape(-1, self.path_GGH.shape[2]) >= 0)
+        link_N = self.path_GGH.reshape(-1, self.path_GGH.shape[2])[pair_N, hop_N]
+        return csr_array((np.ones(len(pair_N)), (pair_N, link_N)), shape=(self.path_GGH.shape[0] ** 2, len(self.capacity_K)))
+
+    @cached_property
+    def _apart(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Pairs of different devices that no links join."""
+        g, h = np.nonzero((self.path_GGH[:, :, 0] < 0) & ~np.eye(len(self.path_GGH), dtype=bool))
+        return g, h
+
+    def loads(self, bytes_NGG: Floats) -> Floats:
+        """load_NK bytes on every link of traffic matrices with any leading axes; their diagonal stays at home.
 
         Raises SimulationError when bytes go between devices that no links join.
         """
-        lost = (bytes_GG > 0) & (self.path_GGH[:, :, 0] < 0) & ~np.eye(len(bytes_GG), dtype=bool)
-        if lost.any():
-            g, h = np.argwhere(lost)[0]
-            raise SimulationError(f"{bytes_GG[g, h]:g} B from device {g} to device {h}: no path in the cluster's graph; join them by a network")
-        pair_N, link_N = self._flat
-        return np.asarray(np.bincount(link_N, weights=bytes_GG.ravel()[pair_N], minlength=len(self.capacity_K)), np.float64)
+        *lead, devices, _ = bytes_NGG.shape
+        for g, h in zip(*self._apart, strict=True):
+            if (bytes_NGG[..., g, h] > 0).any():
+                size_B = bytes_NGG[..., g, h].max()
+                raise SimulationError(f"{size_B:g} B from device {g} to device {h}: no path in the cluster's graph; join them by a network")
+        return np.ascontiguousarray(bytes_NGG.reshape(-1, devices**2) @ self._crossed).reshape(*lead, -1)
 
 
 class _Group:
-    """State of one group in flight: `left` bytes on its busiest link."""
+    """State of one group in flight: `left` bytes on its busiest link, which passes at most `cap` bytes/s."""
 
-    __slots__ = ("cap", "done", "left", "load_K", "rate", "use_K")
+    __slots__ = ("cap", "done", "left", "load_K", "rate")
 
-    def __init__(self, load_K: Floats, cap: float, done: Callable[[], None]) -> None:
-        self.left = float(load_K.max())
+    def __init__(self, load_K: Floats, left: float, cap: float, done: Callable[[], None]) -> None:
         self.load_K = load_K
-        self.use_K = load_K / self.left
+        self.left = left
         self.cap = cap
         self.done = done
         self.rate = 0.0
+
+    @property
+    def use_K(self) -> Floats:
+        """Bytes on every link for each byte on the busiest."""
+        return np.asarray(self.load_K / self.load_K.max(), np.float64)
 
 
 class Fabric:
@@ -130,7 +145,6 @@ class Fabric:
         self.env = env
         self.capacity_K = capacity_K
         self.carried_K = np.zeros(len(capacity_K))
-        self.changes = 0
         self._groups: list[_Group] = []
         self._since = 0.0
         self._alarm: simpy.Event | None = None
@@ -140,16 +154,13 @@ class Fabric:
 
         Raises SimulationError for a load that is empty, negative or not finite.
         """
-        if not (load_K.size and np.isfinite(load_K).all() and load_K.min() >= 0 and load_K.max() > 0):
-            raise SimulationError(f"a flow group of {load_K.max(initial=0.0)} bytes on its busiest link; send only what is > 0 and finite")
+        most_B = float(load_K.max(initial=0.0))
+        if not (0 < most_B < np.inf and load_K.min() >= 0):
+            raise SimulationError(f"a flow group of {most_B} bytes on its busiest link; send only what is > 0 and finite")
         self._advance()
-        self._groups.append(_Group(load_K, float(load_K.max()) / least_s if least_s > 0 else np.inf, done))
+        alone_s = float((load_K / self.capacity_K).max())
+        self._groups.append(_Group(load_K, most_B, most_B / max(alone_s, least_s), done))
         self._share()
-
-    @property
-    def rates(self) -> list[float]:
-        """Bytes/s of every group in flight, on its busiest link, in order of their start."""
-        return [group.rate for group in self._groups]
 
     @property
     def used_K(self) -> Floats:
@@ -164,14 +175,11 @@ class Fabric:
 
     def _share(self) -> None:
         """New rates, and an alarm at the next arrival."""
-        self.changes += 1
         if not self._groups:
             self._alarm = None
             return
         if len(self._groups) == 1:
-            only = self._groups[0]
-            used = only.use_K > 0
-            only.rate = min(only.cap, float((self.capacity_K[used] / only.use_K[used]).min()))
+            self._groups[0].rate = self._groups[0].cap
         else:
             use_FK = np.stack([group.use_K for group in self._groups])
             cap_F = np.asarray([group.cap for group in self._groups])

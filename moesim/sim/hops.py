@@ -7,31 +7,33 @@ from numpy.typing import NDArray
 
 from moesim.cost.collectives import Algorithm
 from moesim.sim.fabric import Wiring
+from moesim.systems.routing import member_copies
 
 Floats = NDArray[np.float64]
 
 
-def hops(bytes_GG: Floats, bytes_GN: Floats, node_G: NDArray[np.integer], algorithm: Algorithm) -> tuple[Floats, Floats]:
-    """(link_GG, nic_GG): bytes between devices of one node and of different nodes, as the algorithm sends them.
+def hops(bytes_NGG: Floats, bytes_NGN: Floats, node_G: NDArray[np.integer], algorithm: Algorithm) -> tuple[Floats, Floats]:
+    """(link_NGG, nic_NGG): bytes between devices of one node and of different nodes, as the algorithm sends them.
 
     flat directly; hierarchical first inside the node to the destination's local index, then between equal indices;
-    forwarded one copy per node to the equal index there (bytes_GN), then inside. Devices are sorted by node.
+    forwarded one copy per node to the equal index there (bytes_NGN), then inside. Devices are sorted by node; any leading axes.
     """
     same_GG = node_G[:, None] == node_G[None, :]
     if algorithm == "flat":
-        return np.where(same_GG, bytes_GG, 0.0), np.where(same_GG, 0.0, bytes_GG)
-    devices, nodes = len(node_G), int(node_G.max()) + 1
+        return np.where(same_GG, bytes_NGG, 0.0), np.where(same_GG, 0.0, bytes_NGG)
+    *lead, devices, _ = bytes_NGG.shape
+    nodes = int(node_G.max()) + 1
     local = devices // nodes
-    blocks = bytes_GG.reshape(nodes, local, nodes, local)
-    link, nic = np.zeros((2, nodes, local, nodes, local))
+    blocks = bytes_NGG.reshape(*lead, nodes, local, nodes, local)
+    link, nic = np.zeros((2, *blocks.shape))
     node, index = np.arange(nodes), np.arange(local)
     if algorithm == "hierarchical":
-        link[node, :, node] = blocks.sum(axis=2)
-        nic[:, index, :, index] = np.moveaxis(blocks.sum(axis=1), 2, 0)
+        link[..., node, :, node, :] = np.moveaxis(blocks.sum(axis=-2), -3, 0)
+        nic[..., :, index, :, index] = np.moveaxis(blocks.sum(axis=-3), -1, 0)
     else:
-        link[node, :, node] = np.moveaxis(blocks.sum(axis=0), 1, 0)
-        nic[:, index, :, index] = np.swapaxes(bytes_GN.reshape(nodes, local, nodes), 0, 1)
-    return link.reshape(devices, devices), np.where(same_GG, 0.0, nic.reshape(devices, devices))
+        link[..., node, :, node, :] = np.moveaxis(blocks.sum(axis=-4), -2, 0)
+        nic[..., :, index, :, index] = np.moveaxis(bytes_NGN.reshape(*lead, nodes, local, nodes), -2, 0)
+    return link.reshape(bytes_NGG.shape), np.where(same_GG, 0.0, nic.reshape(bytes_NGG.shape))
 
 
 def spread(size_B: float, node_G: NDArray[np.integer]) -> tuple[Floats, Floats]:
@@ -54,10 +56,14 @@ class LinkLoads:
         self.node_G = node_G
         self._gathers: dict[float, Floats] = {}
 
-    def exchange(self, copies_GG: Floats, copies_GN: Floats, size_B: float, algorithm: Algorithm, *, back: bool) -> tuple[Floats, Floats]:
-        """Loads inside nodes and between them of a dispatch, or of its way back."""
-        link, nic = hops(copies_GG * size_B, copies_GN * size_B, self.node_G, algorithm)
-        return (self.wiring.loads(link.T), self.wiring.loads(nic.T)) if back else (self.wiring.loads(link), self.wiring.loads(nic))
+    def exchange(self, copies_NGG: Floats, copies_NGN: Floats, algorithm: Algorithm, *, back: bool, slices: int = 1) -> tuple[Floats, Floats]:
+        """(link_NK, nic_NK): loads inside nodes and between them of a dispatch, or of its way back, for each byte of a copy."""
+        link, nic = hops(copies_NGG, copies_NGN, self.node_G, algorithm)
+        if slices > 1:
+            link = link + member_copies(copies_NGG, slices)
+        if back:
+            link, nic = np.swapaxes(link, -1, -2), np.swapaxes(nic, -1, -2)
+        return self.wiring.loads(link), self.wiring.loads(nic)
 
     def gather(self, size_B: float) -> Floats:
         """Load of an all-gather of `size_B`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -9,15 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost import CostModel
+from moesim.cost import CostModel, LayerTimes
 from moesim.cost.attention import roofline_s
-from moesim.cost.collectives import AllToAllTime, LinearPort
+from moesim.cost.collectives import AllToAllTime, LinearPort, all_to_all_time
 from moesim.cost.fitted import device_ports
 from moesim.cost.transport import pick_transport
 from moesim.errors import InputError
 from moesim.systems.mechanisms import Exchange, Schedule
 from moesim.systems.pipelining import Stage, pipeline_span
-from moesim.systems.routing import Routed
+from moesim.systems.routing import Routed, member_copies
+from moesim.systems.slicing import cut
 
 Floats = NDArray[np.float64]
 
@@ -68,10 +70,8 @@ def passes(costs: list[CostModel], routed: Routed, exchange: Exchange, schedule:
     `costs` are the variants of the exchange. The backward pass computes twice the forward's and runs the exchanges the
     other way round.
     """
-    traffic = routed.traffic
     found: list[Pass] = []
-    arriving_SLG = traffic.copies_SLGG.sum(axis=2)
-    computed = {r: costs[0].expert_times(traffic.slot_tokens_SLP / r, arriving_SLG / r, routed.placement.slots_G) for r in degrees}
+    computed = {r: _computed(costs[0], routed, parts=r) for r in degrees}
     for (index, cost), r in product(enumerate(costs), degrees):
         there, back = (_crossing(cost, routed, exchange.bytes_scale / r, back=way) for way in (backward, not backward))
         compute = computed[r][0] * (2 if backward else 1)
@@ -91,10 +91,42 @@ def passes(costs: list[CostModel], routed: Routed, exchange: Exchange, schedule:
     return found[0] if len(found) == 1 else _fastest(found)
 
 
+def _computed(cost: CostModel, routed: Routed, *, parts: int) -> tuple[Floats, NDArray[np.bool_]]:
+    """compute_SLG and extrapolated_SLG of one of `parts` equal parts."""
+    traffic = routed.traffic
+    arriving_SLG = traffic.copies_SLGG.sum(axis=2) * (routed.slices / parts)
+    return cut(cost, routed.slices).expert_times(traffic.slot_tokens_SLP / parts, arriving_SLG, routed.placement.slots_G)
+
+
 def _crossing(cost: CostModel, routed: Routed, scale: float, *, back: bool) -> AllToAllTime:
     """Time of the dispatch or the combine with `scale` times its bytes; either direction loads the same ports."""
-    copies = routed.copies(cost, back=back)
-    return cost.exchange(copies.pairs_SLGG, copies.nodes_SLGN, (cost.combine_B if back else cost.dispatch_B) * scale)
+    copies, size_B = routed.copies(cost, back=back), (cost.combine_B if back else cost.dispatch_B) * scale
+    between = cost.exchange(copies.pairs_SLGG, copies.nodes_SLGN, size_B)
+    if routed.slices == 1:
+        return between
+    inside = all_to_all_time(member_copies(copies.pairs_SLGG, routed.slices) * size_B, cost.cluster.node_G, cost.ports)
+    return replace(
+        between,
+        time_s_N=between.time_s_N + inside.time_s_N,
+        link_s_N=between.link_s_N + inside.time_s_N,
+        extrapolated_N=between.extrapolated_N | inside.extrapolated_N,
+    )
+
+
+def layer_times(cost: CostModel, routed: Routed) -> LayerTimes:
+    """`CostModel.layer_times`, of experts that may be cut in slices."""
+    if routed.slices == 1:
+        return cost.layer_times(routed.traffic, routed.placement)
+    compute, outside = _computed(cost, routed, parts=1)
+    dispatch, combine = (_crossing(cost, routed, 1.0, back=back) for back in (False, True))
+    return LayerTimes(dispatch=dispatch, combine=combine, compute_s_SLG=compute, extrapolated_SLG=outside)
+
+
+def sent_LGG(pairs_SLGG: Floats, slices: int) -> Floats:
+    """Copies that leave their device in all steps, those that members of a group pass on among them."""
+    pairs_LGG = pairs_SLGG.sum(axis=0)
+    leaving: Floats = pairs_LGG * ~np.eye(pairs_LGG.shape[2], dtype=bool)
+    return leaving + member_copies(pairs_LGG, slices) if slices > 1 else leaving
 
 
 def _stages(there: AllToAllTime, compute_SLG: Floats, back: AllToAllTime, *, tiers_apart: bool) -> list[Stage]:
@@ -145,10 +177,15 @@ def without_oversubscription(cost: CostModel) -> CostModel:
     return replace(cost, ports=replace(cost.ports, nic=replace(nic, bandwidth_Bps=nic.bandwidth_Bps * share)))
 
 
-def projection_s(cost: CostModel, tokens: float, project: float) -> list[float]:
-    """Seconds of projecting every token of a device to `project` times the hidden size, per device; 0 without."""
-    width = project * cost.model.hidden
-    if not width:
-        return [0.0] * cost.cluster.size
-    flops, moved_B = 2 * tokens * cost.model.hidden * width, cost.model.hidden * width * cost.model.weight_bits / 8
+def encode_s(cost: CostModel, tokens: float, exchange: Exchange) -> list[float]:
+    """Seconds a device spends on its tokens before an exchange, and again after it: projection and masks, per device; 0 without.
+
+    Masks are [tokens, rows] with room for factor * top_k * tokens rows, whole ones for every expert; their product with the
+    hidden states is dense. Source: GShard (arXiv 2006.16668), algorithm 2; facebookresearch/fairseq@26d62ae moe_layer.py.
+    """
+    hidden, experts = cost.model.hidden, cost.model.experts
+    width = exchange.project * hidden
+    rows = experts * math.ceil(exchange.masks * cost.model.top_k * tokens / experts)
+    flops = 2 * tokens * hidden * (width + rows)
+    moved_B = hidden * width * cost.model.weight_bits / 8 + (tokens + hidden) * rows * cost.model.activation_bits / 8
     return [float(roofline_s(flops, moved_B, cost.peaks[device.name])) for device in cost.cluster.devices]

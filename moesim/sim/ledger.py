@@ -11,7 +11,7 @@ from moesim.sim.tasks import ALL, Block, Task
 
 
 class Ledger:
-    """Collects ended tasks and blocks; keeps the tasks of two steps at most.
+    """Collects waits and ended blocks; keeps the tasks of two steps at most.
 
     layer_s_SL   time of each MoE layer, from the end of its gate to the end of its combine, forward and backward
     end_S        when each step ended
@@ -28,16 +28,13 @@ class Ledger:
         self._old: list[Block] = []
         self._before = 0.0
 
-    def task_ended(self, task: Task) -> None:
+    def waited(self, task: Task, since: float) -> None:
         """Attribute the idle time before a compute task to what it waited for, back along the chain of causes."""
-        begin, end = task.idle_since, task.start
-        if end <= begin or task.stream != "compute":
+        cause, start = task.cause, task.start
+        if cause is not None and cause.device == ALL and cause.start <= since:  # the usual case: one collective
+            self.stall_s[cause.kind] += start - since
             return
-        cause = task.cause
-        if cause is not None and cause.device == ALL and cause.start <= begin:  # the usual case: one collective
-            self.stall_s[cause.kind] += end - begin
-            return
-        for kind, seconds in waits(cause, task.device, begin, end):
+        for kind, seconds in waits(cause, task.device, since, start):
             self.stall_s[kind] += seconds
 
     def block_ended(self, block: Block) -> None:

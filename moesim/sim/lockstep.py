@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost import CostModel, route
+from moesim.cost import CostModel
 from moesim.cost.collectives import PORTS
+from moesim.errors import TraceError
 from moesim.hardware import Cluster
 from moesim.plan import Plan
 from moesim.result import Result
+from moesim.sim.layers import layer_times, sent_LGG
+from moesim.systems.slicing import Sliced
 from moesim.systems.transforms import Edit
 from moesim.trace import Trace
 
@@ -24,9 +27,18 @@ _Item = TypeVar("_Item")
 
 
 def simulate(
-    trace: Trace, plan: Plan, cluster: Cluster, *, tokens_per_device: int = 4096, cost: CostModel | None = None, chunk_tokens: int = CHUNK_TOKENS
+    trace: Trace,
+    plan: Plan,
+    cluster: Cluster,
+    *,
+    tokens_per_device: int = 4096,
+    cost: CostModel | None = None,
+    slices: int = 1,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Result:
     """Result of running a trace's selected tokens under a plan, `tokens_per_device` tokens of each device per step.
+
+    With `slices`, experts are cut over as many devices (`moesim.systems.Sliced`).
 
     The tokens are cut into steps of equal length nearest to that size, and each step is scaled to it, so that every token
     counts; `inputs["token_weight"]` says how many tokens one token stands for. Streams the trace: memory is bounded by
@@ -43,12 +55,13 @@ def simulate(
     full = tokens_per_device * cluster.size
     steps = max(1, round(trace.tokens / full))
     most_steps = max(1, CHUNK_COUNTS // (len(placement.layers) * cluster.size**2))
+    router = Sliced(slices=slices).router(placement, cluster.node_G, gatherable=0, selections=costs.way.per_selection)
     for experts, ends_S in step_chunks(trace, steps, chunk_tokens, most_steps):
-        traffic = route(experts, placement, cluster.node_G, ends_S=ends_S, tokens_per_step=full, selections=costs.way.per_selection)
-        times = costs.layer_times(traffic, placement)
-        load = traffic.device_tokens_SLG(placement)
+        routed = router(experts, ends_S, full)
+        traffic, times = routed.traffic, layer_times(costs, routed)
+        load = traffic.device_tokens_SLG(routed.placement) / slices
         parts.append((times.dispatch.time_s_N, times.compute_s_SLG, times.combine.time_s_N, load))
-        moving = costs.copies_SLGG(traffic).sum(axis=0) * ~np.eye(cluster.size, dtype=bool)
+        moving = sent_LGG(costs.copies_SLGG(traffic), slices)
         bytes_LGG += moving * costs.dispatch_B + np.swapaxes(moving, 1, 2) * costs.combine_B
         fan_L += traffic.fanout_devices_L * len(ends_S)
         node_fan_L += traffic.fanout_nodes_L * len(ends_S)
@@ -80,7 +93,7 @@ def simulate(
         tokens_per_step=float(full),
         bottlenecks=dict(busiest),
         notes=tuple(notes),
-        inputs=inputs_of(trace, plan, costs, tokens_per_device, weight),
+        inputs=inputs_of(trace, plan, costs, tokens_per_device, weight) | ({"slices": slices} if slices > 1 else {}),
     )
 
 
@@ -104,8 +117,11 @@ def step_chunks(
     """The trace's T tokens as `steps` runs of T/steps tokens (to one token): several runs at a time, with their ends.
 
     At most `most_steps` runs at a time. The next batch is read while the caller works on this one. `edit` changes the
-    choices of tokens by their gate weights as they are read; TraceError for a trace without weights then.
+    choices of tokens by their gate weights as they are read; TraceError for a trace without weights then, and for
+    one without tokens.
     """
+    if not trace.tokens:
+        raise TraceError(f"{trace.path}: holds no tokens, so there is no step to run; record or select some")
     ends = np.arange(1, steps + 1) * trace.tokens // steps
     waiting: list[NDArray[np.uint16]] = []
     held, given = 0, 0  # tokens waiting; steps given out

@@ -38,6 +38,8 @@ class Setting:
     """What all steps of a run share.
 
     variants     the cost model under each transport of the system's exchange
+    held_G       experts of a layer on each device
+    encode_s_G   what a device does to its tokens before an exchange, and again after it
     fetch_s_G    copy of one layer's experts, for systems with a ring
     fetcher      copies of experts, for systems with a residency
     contention   traffic shares links; otherwise exchanges take the cost model's time and traffic takes turns
@@ -48,7 +50,8 @@ class Setting:
     placement: Placement
     system: System
     dense: DenseTimes
-    project_s_G: Sequence[float]
+    held_G: Floats
+    encode_s_G: Sequence[float]
     fetch_s_G: Sequence[float]
     links: LinkLoads
     contention: bool
@@ -81,11 +84,13 @@ class Program:
         self._ready: list[list[Sequence[Task]]] = [[() for _ in self.devices] for _ in range(setting.system.schedule.batches)]
         self._beside: Sequence[Task] = ()  # what the last attention waited for, so that gathers run beside it
         self._reduces: list[Task] = []
+        self._step_loads: dict[tuple[bool, bool], tuple[Floats, Floats]] = {}  # by (forward pass, way back)
 
     def blocks(self, chunk: Chunk) -> Iterator[Block]:
         """Blocks of the chunk's steps."""
         steps, layers = chunk.forward.degree_SL.shape
         for s in range(steps):
+            self._step_loads.clear()
             for layer in range(layers):
                 yield self._forward(chunk, s, layer, last=chunk.backward is None and layer == layers - 1)
             if chunk.backward is not None:
@@ -116,7 +121,9 @@ class Program:
                 self._each(tasks, "shared", shared, front, label, batch)
             if batch == 0:
                 gates, needed = self._all(front), self._gather(tasks, chunk, s, layer, label)
-            needed_G: Sequence[Sequence[Task]] = [(*needed, *(self._ring.get(self._counted, [])[g : g + 1])) for g in self.devices]
+            needed_G: Sequence[Sequence[Task]] = [needed for _ in self.devices]
+            if system.ring and self._counted in self._ring:
+                needed_G = [(*needed, copy) for copy in self._ring[self._counted]]
             if setting.fetcher:
                 needed_G = setting.fetcher.asked(tasks, label, front)
             self._ready[batch] = list(self._experts(tasks, chunk, chunk.forward, s, layer, label, front, needed_G, batch))
@@ -152,7 +159,7 @@ class Program:
 
     def _update(self, step: int) -> Block:
         """Reduce what gradients are left, then the optimizer on every device."""
-        setting, placement, model = self.setting, self.setting.placement, self.setting.cost.model
+        setting, model = self.setting, self.setting.cost.model
         label = (step, -1)
         tasks: list[Task] = []
         if not setting.system.schedule.gradients_in_gaps:
@@ -163,7 +170,7 @@ class Program:
         dense = float(setting.dense.parameters_L.sum()) / len(self.devices)  # optimizer state is sharded over the devices
         devices = setting.cost.cluster.devices
         spent = [
-            optimizer_s(dense + layers * int(placement.slots_G[g]) * model.expert_parameters, setting.cost.peaks[devices[g].name])
+            optimizer_s(dense + layers * float(setting.held_G[g]) * model.expert_parameters, setting.cost.peaks[devices[g].name])
             for g in self.devices
         ]
         ends = self._each(tasks, "optimizer", spent, waits, label)
@@ -230,9 +237,9 @@ class Program:
     ) -> Sequence[Sequence[Task]]:
         """Dispatch, experts and combine of all parts of a batch; returns what waits on each device for their end."""
         parts = int(times.degree_SL[s, layer]) // self.setting.system.schedule.batches
-        project = self.setting.project_s_G
-        if any(project):
-            front = self._each(tasks, "encode", project, front, label, batch, going_on=True)
+        encode = self.setting.encode_s_G
+        if any(encode):
+            front = self._each(tasks, "encode", encode, front, label, batch, going_on=True)
         begin = self._all(front)
         there, last_there = self._cross(tasks, chunk, times, s, layer, label, [begin] * parts, batch, back=False)
         compute = times.compute_SLG[s, layer].tolist()
@@ -245,13 +252,13 @@ class Program:
                     tokens_X = tokens_by_slot(chunk.routed, s, layer, g)
                     group += self.setting.fetcher.experts(tasks, label, g, i, compute[g], after, needed_G[g], tokens_X)
                 else:
-                    group.append(Task("experts", "compute", compute[g], after, device=g, label=label, chunk=batch + i))
+                    group.append(Task("experts", "compute", compute[g], after, g, label, batch + i))
                     tasks.append(group[-1])
             computed.append(group)
         # no part returns before all have left: the stage order that pipeline_span assumes
         back, _ = self._cross(tasks, chunk, times, s, layer, label, [[*group, *last_there] for group in computed], batch, back=True)
         ends: Sequence[Sequence[Task]] = [(back[-1],) for _ in self.devices]
-        return self._each(tasks, "decode", project, ends, label, batch) if any(project) else ends
+        return self._each(tasks, "decode", encode, ends, label, batch) if any(encode) else ends
 
     def _cross(
         self,
@@ -270,7 +277,7 @@ class Program:
         setting, parts = self.setting, len(after)
         crossing = times.back if back else times.there
         kind, sm_share = "combine" if back else "dispatch", setting.system.exchange.sm_share
-        link_K, nic_K = self._loads(chunk, times, s, layer, back=back) if setting.contention else (None, None)
+        link_K, nic_K = (load_LK[layer] for load_LK in self._loads(chunk, times, s, back=back)) if setting.contention else (None, None)
         if setting.system.schedule.tiers_apart:
             stages = [("inter", float(crossing.nic_SL[s, layer]), nic_K), ("intra", float(crossing.link_SL[s, layer]), link_K)]
         else:
@@ -286,13 +293,25 @@ class Program:
             after = [(task,) for task in made]
         return made, last
 
-    def _loads(self, chunk: Chunk, times: Pass, s: int, layer: int, *, back: bool) -> tuple[Floats, Floats]:
-        """Loads of one part of an exchange inside nodes and between them."""
-        cost = self.setting.variants[int(times.transport_SL[s, layer])]
-        returning = back if times is chunk.forward else not back  # the backward pass goes the combine's way first
-        copies = chunk.routed.copies(cost, back=returning)
-        size_B = (cost.combine_B if returning else cost.dispatch_B) * self.setting.system.exchange.bytes_scale / int(times.degree_SL[s, layer])
-        return self.setting.links.exchange(copies.pairs_SLGG[s, layer], copies.nodes_SLGN[s, layer], size_B, cost.algorithm, back=back)
+    def _loads(self, chunk: Chunk, times: Pass, s: int, *, back: bool) -> tuple[Floats, Floats]:
+        """link_LK and nic_LK of one part of an exchange in every layer of a step; made for all layers at once, since that is quicker."""
+        key = (times is chunk.forward, back)
+        if key not in self._step_loads:
+            returning = back if times is chunk.forward else not back  # the backward pass goes the combine's way first
+            loads = np.zeros((2, len(times.transport_SL[s]), len(self.gathers_K)))
+            for index, cost in enumerate(self.setting.variants):
+                at_L = times.transport_SL[s] == index
+                if at_L.any():
+                    copies = chunk.routed.copies(cost, back=returning)
+                    size_B = (cost.combine_B if returning else cost.dispatch_B) * self.setting.system.exchange.bytes_scale
+                    slices = chunk.routed.slices
+                    found = self.setting.links.exchange(
+                        copies.pairs_SLGG[s, at_L], copies.nodes_SLGN[s, at_L], cost.algorithm, back=back, slices=slices
+                    )
+                    loads[:, at_L] = np.stack(found) * size_B
+            link_LK, nic_LK = loads / times.degree_SL[s][:, None]
+            self._step_loads[key] = link_LK, nic_LK
+        return self._step_loads[key]
 
     def _fetch(self, tasks: list[Task], label: tuple[int, int], ring: Ring) -> None:
         """Copy of the experts of the layer that takes over this layer's slot of the ring."""
@@ -321,11 +340,11 @@ class Program:
     ) -> list[tuple[Task]]:
         """One compute task per device. A batch that is `going_on` to its dispatch lets no other begin in between."""
         priority = -1 if going_on and len(self._ready) > 1 else 0
-        made = [Task(kind, "compute", work_s[g], after[g], device=g, label=label, chunk=batch, priority=priority) for g in self.devices]
+        made = [Task(kind, "compute", work_s[g], after[g], g, label, batch, priority) for g in self.devices]
         tasks += made
         return [(task,) for task in made]
 
     @staticmethod
     def _all(per_device: Sequence[Sequence[Task]]) -> Sequence[Task]:
         """Every task some device waits for, once."""
-        return list({id(task): task for waits in per_device for task in waits}.values())
+        return list(dict.fromkeys(task for waits in per_device for task in waits))

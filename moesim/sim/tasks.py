@@ -13,6 +13,8 @@ from moesim.errors import SimulationError
 
 ALL = -1  # device of a collective, which occupies the same stream of every device
 
+_INFINITE = float("inf")
+
 
 class Task:
     """A piece of work on one stream. `after` are the tasks it waits for; times are set by the run.
@@ -30,9 +32,15 @@ class Task:
     """
 
     __slots__ = (
-        "about", "after", "block", "cause", "chunk", "chunk_s", "device", "end", "event", "idle_since", "kind", "label", "left_s",
-        "load_K", "next", "on", "priority", "since", "sm_share", "start", "stream", "turn", "waiting", "work_s",
+        "about", "after", "cause", "chunk", "chunk_s", "device", "end", "event", "kind", "label", "left_s", "load_K", "next", "on", "priority",
+        "run", "since", "sm_share", "start", "stream", "turn", "waiting", "work_s",
     )  # fmt: skip
+    waiting: int  # unfinished tasks it waits for, once it is admitted
+    cause: Task | None  # what it waited for last, once it is admitted
+    on: Any  # the stream, and
+    turn: int  # its place in the queue, once it is ready
+    since: float  # when it went on, and
+    left_s: float  # what was left then, once it has started
 
     def __init__(
         self,
@@ -40,17 +48,16 @@ class Task:
         stream: str,
         work_s: float,
         after: Sequence[Task] = (),
-        *,
         device: int = ALL,
         label: tuple[int, int] = (0, 0),
         chunk: int = 0,
+        priority: int = 0,
         load_K: NDArray[np.float64] | None = None,
         sm_share: float = 0.0,
         chunk_s: float = 0.0,
-        priority: int = 0,
         about: str = "",
-    ) -> None:
-        if not 0 <= work_s < np.inf:
+    ) -> None:  # by position where many are made: keywords take twice as long as the rest
+        if not 0 <= work_s < _INFINITE:
             raise SimulationError(f"task {kind} of device {device}: takes {work_s} s; a cost must be finite and >= 0")
         self.kind = kind
         self.stream = stream
@@ -64,18 +71,11 @@ class Task:
         self.chunk_s = chunk_s
         self.priority = priority
         self.about = about
-        self.left_s = work_s
         self.start = -1.0  # -1: not yet
         self.end = -1.0
-        self.since = 0.0
-        self.idle_since = 0.0  # when its stream ended what ran before
-        self.turn = 0
-        self.waiting = -1  # unfinished tasks it waits for; -1: not admitted
         self.next: list[Task] = []
-        self.cause: Task | None = None  # what it waited for last
-        self.event: object = None
-        self.block = -1
-        self.on: Any = None  # the stream, once it is ready
+        self.run: Any = None  # of the block it was admitted with
+        self.event: object = None  # at which it will end or pause
 
     def __repr__(self) -> str:
         step, layer = self.label

@@ -1,6 +1,7 @@
 """Timeline: Chrome trace JSON, gzipped, that Perfetto and chrome://tracing open.
 
-One process per device with a thread per stream; collectives are the process "network". Times are in microseconds.
+One process per device with a thread per stream; collectives are the process "network". Times are whole nanoseconds, written in
+microseconds. Viewers take thread 0, and one whose id is its process', for the main thread, so ids are neither.
 Format: "Trace Event Format", Google, 2016 (complete events "X", metadata "M").
 """
 
@@ -63,17 +64,19 @@ class Timeline:
 
     def add(self, task: Task) -> None:
         """One slice per task; a track is named when it is first used."""
-        process, thread = task.device + 1, _TRACKS.index(task.stream)
+        process = task.device + 2  # the network is 1
+        thread = 100 * process + _TRACKS.index(task.stream)
         if (process, task.stream) not in self._seen:
             self._name(process, thread, task)
         step, layer = task.label
+        start, end = round(task.start * 1e9), round(task.end * 1e9)  # rounded apart, neighbours would overlap, and one be dropped
         self._write(
             {
                 "name": task.about or task.kind,
                 "cat": task.stream,
                 "ph": "X",
-                "ts": round(task.start * 1e6, 4),
-                "dur": round((task.end - task.start) * 1e6, 4),
+                "ts": start / 1e3,
+                "dur": (end - start) / 1e3,
                 "pid": process,
                 "tid": thread,
                 "args": {"step": step, "layer": layer, "chunk": task.chunk},

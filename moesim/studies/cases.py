@@ -6,6 +6,7 @@ Suffixes: T tokens, L MoE layers, K selections. Everything is a function of its 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from moesim.cost import CostModel
 from moesim.cost.collectives import LinearPort
+from moesim.cost.experts import ExpertKernel
 from moesim.errors import InputError
 from moesim.hardware import Cluster, load_device, load_links
 from moesim.model import ModelSpec
@@ -25,6 +27,7 @@ from moesim.systems import SYSTEMS, System
 from moesim.trace import Trace, TraceWriter, load_trace
 
 Ids = NDArray[np.int64]
+Writer = Callable[[ModelSpec, NDArray[np.integer]], Trace]  # what `Bench.trace` is
 
 
 def model_of(**sizes: Any) -> ModelSpec:
@@ -33,17 +36,23 @@ def model_of(**sizes: Any) -> ModelSpec:
     return ModelSpec(name="case", moe_layers=tuple(range(given["layers"])), **given)
 
 
-def cluster_of(device: str, nodes: int, local: int, *, link: str = "nvlink3", nic_Bps: float = 25e9) -> Cluster:
-    """Equal nodes; every device has a port `link` and, between nodes, InfiniBand of `nic_Bps`."""
+def cluster_of(device: str, nodes: int, local: int, *, link: str = "nvlink3", nic_Bps: float = 25e9, fitted: bool = True) -> Cluster:
+    """Equal nodes; every device has a port `link` and, between nodes, InfiniBand of `nic_Bps`.
+
+    Not `fitted`: without measured kernels and curves, so that a link is its latency plus bytes over bandwidth.
+    """
     links = load_links()
     if link not in links:
         raise InputError(f"link {link!r} is not known; known: {', '.join(sorted(links))}")
+    one, wire = load_device(device), links[link]
+    if not fitted:
+        one, wire = replace(one, kernels=(), collectives=()), replace(wire, name="unmeasured")
     return Cluster(
         name="case",
         title=f"{nodes} x {local} {device}",
-        devices=(load_device(device),) * (nodes * local),
+        devices=(one,) * (nodes * local),
         node_G=np.repeat(np.arange(nodes), local).astype(np.int32),
-        intra_G=(links[link],) * (nodes * local),
+        intra_G=(wire,) * (nodes * local),
         network=replace(links["ib-hdr"], bandwidth_Bps=nic_Bps) if nodes > 1 else None,
     )
 
@@ -55,22 +64,22 @@ def zipf_ids(tokens: int, model: ModelSpec, skew: float, *, seed: int = 0) -> Id
     ends = np.cumsum(share / share.sum())
     columns = [
         np.random.default_rng(layer).permutation(model.experts)[np.minimum(np.searchsorted(ends, rng.random(tokens)), model.experts - 1)]
-        for layer in range(model.layers)
+        for layer in range(len(model.moe_layers))
     ]
     return np.stack(columns, axis=1)[:, :, None]
 
 
 def even_ids(rounds: int, model: ModelSpec, experts: int | None = None) -> Ids:
     """Tokens take `experts` experts in turn: load and traffic are exactly even over the devices that hold them."""
-    return np.tile(np.arange(experts or model.experts), rounds)[:, None, None].repeat(model.layers, axis=1)
+    return np.tile(np.arange(experts or model.experts), rounds)[:, None, None].repeat(len(model.moe_layers), axis=1)
 
 
 def chain_ids(tokens: int, model: ModelSpec, loyalty: float, *, seed: int = 0) -> Ids:
     """One expert per token; a share `loyalty` of the tokens goes on to the one follower of its last expert."""
     rng = np.random.default_rng(seed)
-    ids = np.zeros((tokens, model.layers, 1), np.int64)
+    ids = np.zeros((tokens, len(model.moe_layers), 1), np.int64)
     ids[:, 0, 0] = rng.integers(0, model.experts, tokens)
-    for layer in range(1, model.layers):
+    for layer in range(1, ids.shape[1]):
         follower = np.random.default_rng(1000 + layer).permutation(model.experts)
         stays = rng.random(tokens) < loyalty
         ids[:, layer, 0] = np.where(stays, follower[ids[:, layer - 1, 0]], rng.integers(0, model.experts, tokens))
@@ -86,12 +95,25 @@ def placed(model: ModelSpec, devices: int, *, turns: bool = False) -> Placement:
     return Placement(slots_LP=rows, slots_G=slots_per_device(model.experts, devices), experts=model.experts, layers=model.moe_layers)
 
 
+def plan_of(model: ModelSpec, placement: Placement | int) -> Plan:
+    """A plan of a placement, or of experts in order on some devices."""
+    where = placed(model, placement) if isinstance(placement, int) else placement
+    return Plan(name="case", model=model.name, model_digest=model.digest, placement=where)
+
+
 def with_messages(cost: CostModel, message_s: float) -> CostModel:
     """The cost model whose ports charge `message_s` for every message, which is what fewer hops save."""
     nic = cost.ports.nic
     if nic is None or not isinstance(nic, LinearPort):
         return cost
     return replace(cost, ports=replace(cost.ports, nic=replace(nic, message_s=message_s)))
+
+
+def proportional(cost: CostModel) -> CostModel:
+    """The cost model with experts whose time is proportional to their tokens and width: no launch, no tiles, no memory limit."""
+    free: dict[str, Any] = dict.fromkeys(("launch_s", "token_s", "tile_overhead", "wave_tail", "reread"), 0.0)
+    kernel = ExpertKernel(name="linear", style="fused", dtype="bf16", tile_rows=(1,), activation_efficiency=1e9, **free)
+    return replace(cost, kernels=dict.fromkeys(cost.kernels, kernel), peaks={name: replace(p, memory_Bps=1e18) for name, p in cost.peaks.items()})
 
 
 class Bench:
@@ -113,10 +135,6 @@ class Bench:
             writer.append(ids_TLK.astype(np.uint16))
         return load_trace(path)
 
-    def plan(self, trace: Trace, placement: Placement) -> Plan:
-        """The placement as a plan for the trace's model."""
-        return Plan(name="case", model=trace.model.name, model_digest=trace.model.digest, placement=placement)
-
     def run(
         self,
         trace: Trace,
@@ -129,7 +147,7 @@ class Bench:
     ) -> EventResult:
         """One run of the event engine over NCCL, with experts in order unless a placement is given."""
         model = trace.model
-        plan = self.plan(trace, placement or placed(model, cluster.size))
+        plan = plan_of(model, placement or cluster.size)
         chosen = SYSTEMS[system] if isinstance(system, str) else system
         return simulate_event(trace, plan, cluster, system=chosen, cost=cost or CostModel.of(cluster, model, transport="nccl"), **options)
 

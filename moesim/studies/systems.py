@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moesim.files import write_text
-from moesim.studies import caching, scaling, schedules, tiers, traffic
+from moesim.studies import caching, pregated, scaling, schedules, tiers, traffic
 from moesim.studies.cases import Bench
 from moesim.studies.claims import Section
 from moesim.systems import SYSTEMS, System
@@ -20,6 +20,7 @@ COMMAND = "python -m moesim.studies.systems -o reports/systems.md"
 STUDIES: dict[str, Callable[[Bench], Section]] = {
     "plain": schedules.plain_study,
     "deepspeed-moe": schedules.deepspeed_moe_study,
+    "deepspeed-ted": traffic.ted_study,
     "tutel": schedules.tutel_study,
     "fsmoe": schedules.fsmoe_study,
     "se-moe": schedules.se_moe_study,
@@ -29,7 +30,7 @@ STUDIES: dict[str, Callable[[Bench], Section]] = {
     "bigmac": traffic.bigmac_study,
     "lsh-moe": traffic.lsh_moe_study,
     "moe++": traffic.moepp_study,
-    "pre-gated": caching.pre_gated_study,
+    "pre-gated": pregated.pre_gated_study,
     "expertflow": caching.expertflow_study,
     "read-me": caching.read_me_study,
     "moe-infinity": caching.moe_infinity_study,

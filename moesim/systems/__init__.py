@@ -22,6 +22,7 @@ from moesim.systems import (
     readme,
     semoe,
     sn40l,
+    ted,
     tutel,
     two_batch,
 )
@@ -29,10 +30,12 @@ from moesim.systems.batching import OneRoute, Regrouped
 from moesim.systems.mechanisms import Exchange, Ring, Schedule, System
 from moesim.systems.residency import Planes, Residency
 from moesim.systems.routing import Coherent, Materialised, Plain, ZeroCost
+from moesim.systems.slicing import Sliced
 
 _ALL = (
     plain.SYSTEM,
     deepspeed.SYSTEM,
+    ted.SYSTEM,
     tutel.SYSTEM,
     two_batch.SYSTEM,
     fsmoe.SYSTEM,
@@ -67,6 +70,7 @@ __all__ = [
     "Residency",
     "Ring",
     "Schedule",
+    "Sliced",
     "System",
     "ZeroCost",
 ]

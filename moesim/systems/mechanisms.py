@@ -9,13 +9,13 @@ Residency experts that do not all stay on the device (moesim.systems.residency)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moesim.cost import TRANSPORTS
 from moesim.errors import InputError
 from moesim.systems.residency import Residency
-from moesim.systems.routing import Plain, Routing
+from moesim.systems.routing import Plain, Routing, nested
+from moesim.systems.slicing import Sliced
 
 
 def _at_least(what: str, value: float, least: float) -> None:
@@ -30,17 +30,21 @@ class Exchange:
     transports   ways to travel to choose from in every step and layer (`moesim.cost.TRANSPORTS`); None: the cost model's
     bytes_scale  bytes of a token copy over those of its hidden state (projected or clustered tokens)
     project      width of a projection of every token before dispatch and back after combine, over the hidden size
+    masks        capacity factor of the one-hot masks whose dense products put tokens into the experts' buffers and take them
+                 out again (the einsum of GShard; fairseq and DeepSpeed before their kernels); 0: tokens are gathered by index
     sm_share     share of the compute the communication kernels take while they run
     """
 
     transports: tuple[str | None, ...] = (None,)
     bytes_scale: float = 1.0
     project: float = 0.0
+    masks: float = 0.0
     sm_share: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least("bytes_scale", self.bytes_scale, 0)
         _at_least("project", self.project, 0)
+        _at_least("masks", self.masks, 0)
         if not self.transports or not set(self.transports) <= {None, *TRANSPORTS}:
             raise InputError(f"transports {self.transports}: give at least one of {', '.join(TRANSPORTS)}, or None for the cost model's")
         if not 0 <= self.sm_share < 1:
@@ -115,8 +119,7 @@ class System:
             raise InputError(f"system {self.name!r} has a ring and a residency; a layer's experts come one way: leave one out")
         if self.residency and (self.residency.order == "one-by-one" or self.residency.host) and self.schedule.forward != (1,):
             raise InputError(f"system {self.name!r}: experts one by one or on the host go with pipeline degree 1, not {self.schedule.forward}")
+        if self.residency and any(isinstance(each, Sliced) for each in nested(self.routing)):
+            raise InputError(f"system {self.name!r}: copies of whole experts are what a residency makes; leave out the residency or the slices")
         if self.residency and self.schedule.batches > 1:
             raise InputError(f"system {self.name!r}: copies are asked for by whole layers, not by halves; leave out the residency or the two batches")
-
-
-SystemMaker = Callable[..., System]

@@ -6,7 +6,7 @@ Suffixes as in moesim.cost.traffic: S steps, L MoE layers, T tokens, K selection
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,14 @@ class Copies:
     nodes_SLGN: Floats
 
 
+def member_copies(pairs: Floats, slices: int) -> Floats:
+    """[..., G, G] copies that members of groups of `slices` devices send each other once `pairs` [..., G, G] have come: each
+    passes on what came to all the others."""
+    devices = pairs.shape[-1]
+    others = np.kron(np.eye(devices // slices), np.ones((slices, slices))) - np.eye(devices)
+    return np.asarray(pairs.sum(axis=-2)[..., None] * others)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routed:
     """Traffic of some steps with the placement whose slots it counts.
@@ -36,6 +44,8 @@ class Routed:
     returning      copies whose results come back, if not those of the dispatch
     gathered_SL    experts every device receives before the layer
     context_tokens tokens whose hidden states every device receives before each step
+    slices         devices that experts are cut over: groups of as many consecutive ones; copies are counted in whole hidden
+                   states, of which each member gets an equal part and passes it on to the others (`member_copies`)
     """
 
     traffic: Traffic
@@ -43,6 +53,7 @@ class Routed:
     gathered_SL: NDArray[np.int64]
     returning: Copies | None = None
     context_tokens: float = 0.0
+    slices: int = 1
 
     def copies(self, cost: CostModel, *, back: bool) -> Copies:
         """What an exchange sends by the cost model's transport: the dispatch, or the combine."""
@@ -62,6 +73,14 @@ class Routing(Protocol):
         counted for transports that send one copy per chosen expert.
         """
         ...
+
+
+def nested(routing: Routing) -> Iterator[Routing]:
+    """A routing and those inside it, the outer one first."""
+    inside: Routing | None = routing
+    while inside is not None:
+        yield inside
+        inside = getattr(inside, "inner", None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import InputError
 from moesim.plan import Placement
-from moesim.systems.routing import Plain, Router, Routing
+from moesim.systems.routing import Plain, Router, Routing, nested
 from moesim.trace import NO_EXPERT
 
 Ids = NDArray[np.uint16]
@@ -67,13 +67,7 @@ class TopP:
 
 def edit_of(routing: Routing) -> Edit | None:
     """What a routing, or one inside it, does to choices by their weights; outer before inner, and all before any router."""
-    found: list[Edit] = []
-    inside: Routing | None = routing
-    while inside is not None:
-        edit = getattr(inside, "edit", None)
-        if edit is not None:
-            found.append(edit)
-        inside = getattr(inside, "inner", None)
+    found: list[Edit] = [edit for each in nested(routing) if (edit := getattr(each, "edit", None))]
     if not found:
         return None
 

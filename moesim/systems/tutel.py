@@ -20,6 +20,15 @@ SYSTEM = System(
     schedule=Schedule(forward=DEGREES, backward=DEGREES),
 )
 
+FAIRSEQ = System(
+    name="fairseq",
+    title="Expert parallelism as in fairseq, tokens dispatched by dense masks",
+    paper="GShard, arXiv 2006.16668, algorithm 2; facebookresearch/fairseq@26d62ae, moe_layer.py",
+    headline="the baseline of Tutel's headline",
+    check="plain, and two dense products with [tokens, rows] masks around the exchange",
+    exchange=Exchange(masks=1.0),
+)
+
 
 def fixed(transport: str | None, degree: int) -> System:
     """Tutel held to one choice."""
