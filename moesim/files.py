@@ -38,7 +38,7 @@ def read_toml(path: Path, error: type[InputError]) -> dict[str, Any]:
     """Parsed TOML; a syntax error is reported with its line."""
     try:
         return tomllib.loads(read_text(path, error))
-    except tomllib.TOMLDecodeError as problem:
+    except (ValueError, RecursionError) as problem:  # syntax, numbers of thousands of digits, deep nesting
         raise error(f"{path}: not valid TOML: {problem}") from None
 
 
@@ -50,7 +50,7 @@ def read_json(path: Path, error: type[InputError]) -> Any:
 
     try:
         return json.loads(read_text(path, error), parse_constant=refuse)
-    except (json.JSONDecodeError, RecursionError) as problem:
+    except (ValueError, RecursionError) as problem:  # as above
         raise error(f"{path}: not valid JSON: {problem}") from None
 
 
@@ -82,11 +82,19 @@ def _short(value: Any) -> str:
 
 
 def check_output(path: Path, *, force: bool) -> Path:
-    """`path`, if it may be written: it does not exist yet, or `force` is given. Call before long work."""
-    if path.exists() and not force:
-        raise OutputExists(f"{path}: exists; give another path, or --force to replace it")
-    if not path.parent.exists():
+    """`path`, if it may be written: it does not exist yet, or is a file and `force` is given. Call before long work.
+
+    Raises OutputExists, InputError where nothing can be written at all.
+    """
+    if path.exists() and not (path.is_file() and force):
+        remedy = "exists; give another path, or --force to replace it" if path.is_file() else "is no file that could be replaced; give another path"
+        raise OutputExists(f"{path}: {remedy}")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise InputError(f"{path}: its folder cannot be made: {problem.strerror}; give another path") from None
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: nothing may be written in {path.parent}; give another path, or change its permissions")
     return path
 
 

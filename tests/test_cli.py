@@ -202,3 +202,69 @@ def test_plans_are_compared_on_parts_nobody_learnt_from(moesim: Run, trace: Trac
     code, out, _ = moesim("compare", trace.path, live, "--solver", "greedy", "-o", tmp_path / "comparison.json")
     assert code == 0
     assert moesim("report", tmp_path / "comparison.json", "-o", tmp_path / "comparison.html")[0] == 0
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(moesim: Run, trace: Trace, tmp_path: Path) -> None:
+    """A folder, a device and a place below a file are no outputs, with --force neither."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    place = ("place", trace.path, "--cluster", "h100x8", "--solver", "linear", "-o")
+    for output, force, message in (
+        (tmp_path / "folder", ["--force"], "no file that could be replaced"),
+        (Path("/dev/null"), ["--force"], "no file that could be replaced"),
+        (tmp_path / "file" / "plan.json", [], "its folder cannot be made"),
+        (tmp_path / "file", [], "--force to replace it"),
+    ):
+        code, out, err = moesim(*place, output, *force)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {output}: ")
+        assert message in err
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not Path("/dev/null").is_file()
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+def test_numbers_and_nesting_beyond_all_bounds_are_refused(moesim: Run, trace: Trace, tmp_path: Path, suffix: str) -> None:
+    for name, text in (("digits", "a = " + "9" * 5000), ("deep", "a = " + "[" * 100_000)):
+        path = tmp_path / f"{name}.{suffix}"
+        path.write_text(text if suffix == "toml" else text.removeprefix("a = "))
+        verb = ("sweep", path, "-o", tmp_path / "s") if suffix == "toml" else ("score", trace.path, path)
+        code, _, err = moesim(*verb)
+        assert code == 2
+        assert err.startswith(f"error: {path}: not valid {suffix.upper()}")
+        assert len(err) < 400
+
+
+def test_what_the_system_refuses_is_one_line(moesim: Run, trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesim import trace as room
+
+    for problem, code, message in (
+        (PermissionError(13, "Permission denied", "/there"), 2, "error: /there: Permission denied; check the path"),
+        (MemoryError(), 1, "error: not enough memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+
+        def refused(_: object, problem: BaseException = problem) -> None:
+            raise problem
+
+        monkeypatch.setattr(room, "load_trace", refused)
+        found, _, err = moesim("inspect", trace.path)
+        assert found == code
+        assert err.strip().startswith(message)
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_a_profile_is_a_device_or_a_cluster_by_name_or_path(moesim: Run, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('name = "own"\ntitle = "own"\n[[nodes]]\ndevice = "cpu"\ndevices = 2\nlink = "shared-memory"\n')
+    assert json.loads(moesim("profiles", own, "--json")[1])["cluster"] == "own"
+    code, _, err = moesim("profiles", "h100x9")
+    assert code == 2
+    assert "h100x8" in err
+    assert "h100-sxm" in err
+
+
+def test_a_format_nobody_knows_is_answered_with_all_formats(moesim: Run, tmp_path: Path) -> None:
+    code, _, err = moesim("import", "nope", tmp_path, "-o", tmp_path / "t")
+    assert code == 2
+    assert all(name in err for name in ("npz", "tensorrt-llm-statistics", "vllm-ascend"))

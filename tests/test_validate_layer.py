@@ -254,9 +254,14 @@ def test_grouped_mm_constraints_are_said(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValidationError, match="use the loop back-end"):
         expert_rows(torch.zeros(4, 63, dtype=torch.bfloat16), rows, counts, weights, "grouped")
     assert expert_rows(torch.zeros(4, 63, dtype=torch.bfloat16), rows, counts, weights, "loop").shape == (4, 63)
+    even, tokens = ExpertWeights.random(experts=2, hidden=64, intermediate=16, dtype=torch.bfloat16), torch.randn(4, 64).bfloat16()
+    found = expert_rows(tokens, rows, counts, even, "grouped")
     monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    if hasattr(torch, "_grouped_mm"):  # its name before torch 2.10
+        torch.testing.assert_close(expert_rows(tokens, rows, counts, even, "grouped"), found)
+        monkeypatch.delattr(torch, "_grouped_mm")
     with pytest.raises(ValidationError, match="has no grouped_mm"):
-        expert_rows(torch.zeros(4, 63, dtype=torch.bfloat16), rows, counts, weights, "grouped")
+        expert_rows(tokens, rows, counts, even, "grouped")
     with pytest.raises(InputError, match=f"use one of {', '.join(BACKENDS)}"):
         expert_rows(torch.zeros(4, 63), rows, counts, weights, "magic")  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from moesim.validate.ceilings import fit_copies, measure_copies, measure_launch,
 from moesim.validate.kept import Kept
 from moesim.validate.machine import check_device, check_free, clocks, hardware, on_device
 from moesim.validate.profile_file import cluster_text, profile_text
-from moesim.validate.timing import measure
+from moesim.validate.timing import Graphs, measure
 
 calibrate_room = sys.modules["moesim.validate.calibrate"]  # the package has a function of this name
 
@@ -63,6 +64,14 @@ def test_clocks_are_noted_and_never_stop_a_measurement(monkeypatch: pytest.Monke
     assert clocks("cuda:0") == {
         "sm_clock_MHz": 1980, "memory_clock_MHz": 2619, "temperature_C": 41, "power_W": 310.5, "busy_percent": 3, "throttled": "0x0000000000000000"
     }  # fmt: skip
+
+    def old(command: list[str], **_: Any) -> Any:
+        if "event_reasons" in command[2]:
+            raise subprocess.CalledProcessError(2, command)
+        return answer
+
+    monkeypatch.setattr(machine.subprocess, "run", old)
+    assert clocks("cuda")["throttled"] == "0x0000000000000000"
 
     def broken(*_: Any, **__: Any) -> None:
         raise subprocess.TimeoutExpired("nvidia-smi", 10)
@@ -207,4 +216,38 @@ def test_a_calibration_becomes_profiles_that_load(tmp_path: Path, monkeypatch: p
     assert document["hardware"]["torch"] == torch.__version__ == hardware("cpu")["torch"]
     assert len(document["samples_s"]) == len(document["table"]) == 16
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    np.testing.assert_allclose([np.median(row) * 1e3 for row in document["samples_s"]], [row["latency_ms"] for row in document["table"]])
+    np.testing.assert_allclose([np.quantile(row, 0.25) * 1e3 for row in document["samples_s"]], [row["latency_ms"] for row in document["table"]])
+
+
+class FakeCuda:
+    """torch.cuda as far as captures go; `refuses` are calls that wait for the host."""
+
+    class CUDAGraph:
+        open = 0
+
+        def capture_begin(self, pool: Any) -> None:
+            FakeCuda.CUDAGraph.open += 1
+            self.replay = lambda: None
+
+        def capture_end(self) -> None:
+            FakeCuda.CUDAGraph.open -= 1
+
+    def __getattr__(self, name: str) -> Any:
+        return {"stream": contextlib.nullcontext}.get(name, lambda *_: None)
+
+
+def test_captures_end_in_order_and_stop_after_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.torch, "cuda", FakeCuda())
+    count, done = Graphs(), []
+
+    def waits() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    capture = timing._Capture("cuda", count)
+    first = capture(lambda: done.append(1))
+    assert first is not None
+    assert done == [1]
+    assert capture(waits) is waits
+    second = capture(second_call := lambda: done.append(2))
+    assert second is second_call
+    assert (count.captured, count.eager, FakeCuda.CUDAGraph.open) == (1, 2, 0)

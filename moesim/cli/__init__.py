@@ -70,7 +70,10 @@ for module in (
 
 
 def main() -> None:
-    """Entry point: errors raised on purpose become one line on stderr and exit code 2 (bad input) or 1 (a failed check)."""
+    """Entry point: errors raised on purpose become one line on stderr and exit code 2 (bad input) or 1 (a failed check).
+
+    So does what the system refuses: a folder that cannot be written, a full disk, too little memory.
+    """
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"warning: {message}", file=sys.stderr)
@@ -84,6 +87,14 @@ def main() -> None:
     except MoesimError as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except OSError as problem:
+        place = f"{problem.filename}: " if problem.filename else ""
+        print(f"error: {place}{problem.strerror or problem}; check the path, its permissions and the space left", file=sys.stderr)
+        raise SystemExit(2) from None
+    except MemoryError:
+        print("error: not enough memory; select fewer tokens (--tokens) or layers", file=sys.stderr)
+        raise SystemExit(1) from None
+    except SystemExit as stop:  # typer ends an interrupted verb without a word
+        if stop.code == 130:
+            print("interrupted", file=sys.stderr)
+        raise

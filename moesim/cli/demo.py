@@ -30,7 +30,7 @@ def run(
 
     from moesim.cli import screen
     from moesim.demo.story import tell
-    from moesim.errors import InputError
+    from moesim.errors import InputError, OutputExists
     from moesim.files import check_output, write_json
     from moesim.hardware import load_cluster
     from moesim.report import write_report
@@ -39,6 +39,8 @@ def run(
         if not (output / "result.json").exists() and any(output.iterdir()):
             raise InputError(f"{output}: was not written by the demo, so --force will not remove it; give another folder")
         shutil.rmtree(output)
+    elif output.exists():
+        raise OutputExists(f"{output}: exists; give another path, or --force to replace it")
     check_output(output, force=False)
     where = load_cluster(cluster)
     output.mkdir(parents=True)

@@ -40,11 +40,14 @@ def run(
     Everything dropped on the way (padding, dense layers, draft layers, unused columns) is counted and printed.
     """
     from moesim.cli.screen import emit_json, note, progress
+    from moesim.errors import InputError
     from moesim.files import check_output
     from moesim.interop import FORMATS as KNOWN
     from moesim.interop import import_loads, import_plan, import_trace
     from moesim.model import load_model
 
+    if format not in KNOWN:
+        raise InputError(f"format {format!r} cannot be imported; formats: {', '.join(KNOWN)}")
     spec = load_model(model) if model else None
     shown: dict[str, object]
     if as_loads:
@@ -54,7 +57,7 @@ def run(
         notes, total = loads.notes, int(loads.load_LE.sum())
         shown = {"loads": str(output), "counts": total, "moe_layers": list(loads.layers), "experts": loads.experts, "tokens": loads.tokens}
         done = f"wrote {output}: {total:,} counts, {len(loads.layers)} MoE layers x {loads.experts} experts"
-    elif format in KNOWN and KNOWN[format].engine:
+    elif KNOWN[format].engine:
         check_output(output, force=False)
         plan, notes = import_plan(format, source, model=spec, devices=devices, dispatch=dispatch)
         plan.save(output)

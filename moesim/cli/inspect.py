@@ -70,12 +70,12 @@ def run(
         table("Drift over steps, bits (mean over layers)", ["from step → to step", "drift"], cells)
     near = found.locality
     cells = [
-        [f"{m} tokens", f"{srp:.3f}", f"{low:.3f}…{high:.3f}", f"{rho:.2f}", f"{cls.mean():.3f}"]
+        [f"{m} tokens", shown(srp), f"{low:.3f}…{high:.3f}" if low == low else "–", shown(rho, 2), shown(cls.mean())]
         for m, srp, (low, high), rho, cls in zip(WINDOWS, near.srp_W, near.srp_interval_W2, near.rho_W, near.cls_WL, strict=True)
     ]
-    title = f"Locality of {near.sequences:,} sequences (nan: none is long enough)"
+    title = f"Locality of {near.sequences:,} sequences (–: too few, or none long enough)"
     table(title, ["window", "SRP", "95 % interval", "experts on / chosen", "CLS: share not chosen"], cells)
-    cells = [[f"{m} tokens", *(f"{hit:.3f}" for hit in row)] for m, row in zip(SEGMENTS, near.sch_MR, strict=True)]
+    cells = [[f"{m} tokens", *(shown(hit) for hit in row)] for m, row in zip(SEGMENTS, near.sch_MR, strict=True)]
     table(f"SCH: hits with one pool for the model, warm fill, {near.cached_tokens:,} tokens", ["segment", *(f"rho = {rho}" for rho in RHOS)], cells)
     if near.midway:
         note(f"note: {near.midway:,} sequences begin midway (a selection, or too many open at once); windows over their beginnings are not counted")
@@ -83,6 +83,11 @@ def run(
         note(f"note: {near.without_sequence:,} tokens belong to no known sequence and are left out of locality")
     if found.repeated_share > 0.05:
         note(f"note: {found.repeated_share:.0%} of tokens choose exactly what the token before chose in every layer; padding or dummy batches?")
+
+
+def shown(value: float, digits: int = 3) -> str:
+    """A figure, or a dash where there is none."""
+    return f"{value:.{digits}f}" if value == value else "–"
 
 
 def counted(source: Trace, scheduler: str, output: Path | None, *, json: bool) -> None:

@@ -45,6 +45,6 @@ BackendName = Annotated[
 WeightType = Annotated[
     Literal["fp32", "bf16", "fp16", "fp8"] | None, typer.Option("--dtype", help="What weights are held in. Default: fp32 on cpu, bf16 on cuda.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +21,8 @@ def run(
     from dataclasses import asdict
 
     from moesim.cli.screen import emit_json, table
+    from moesim.errors import ProfileError
+    from moesim.files import read_toml
     from moesim.hardware import cluster_names, device_names, load_cluster, load_device
     from moesim.units import human
 
@@ -37,7 +40,14 @@ def run(
         clusters = [load_cluster(item) for item in cluster_names()]
         table("Clusters", ["name", "title", "devices", "nodes"], [[c.name, c.title, str(c.size), str(c.nodes)] for c in clusters])
         return
-    if name in cluster_names() and name not in device_names():
+    if name.endswith(".toml"):
+        is_cluster = "nodes" in read_toml(Path(name), ProfileError)
+    elif name in {*device_names(), *cluster_names()}:
+        is_cluster = name not in device_names()
+    else:
+        shipped = f"devices {', '.join(device_names())}; clusters {', '.join(cluster_names())}"
+        raise ProfileError(f"{name!r} is neither a device nor a cluster; shipped: {shipped}; or give the path of a .toml file")
+    if is_cluster:
         cluster = load_cluster(name)
         devices = list({d.name: d for d in cluster.devices}.values())
         if json:

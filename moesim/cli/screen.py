@@ -79,7 +79,7 @@ def open_trace(path: Any, *, tokens: str | None, domain: Sequence[str] | None, p
     trace = load_trace(path)
     if domain or phase:
         trace = trace.select(domain=domain, phase=phase)
-    return trace.select(tokens=tokens) if tokens else trace
+    return trace if tokens is None else trace.select(tokens=tokens)
 
 
 def result_rows(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

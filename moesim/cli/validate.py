@@ -58,7 +58,7 @@ def run(
     from moesim.hardware import load_cluster
     from moesim.model import load_model
     from moesim.validate import validate
-    from moesim.validate.execute import execute, load_plans
+    from moesim.validate.execute import execute, load_plans, placement_of
 
     if output:
         check_output(output, force=force)
@@ -66,6 +66,8 @@ def run(
     source = open_trace(trace, tokens=tokens, domain=domain, phase=phase)
     for plan in placements:
         plan.check_fits(source.model, plan.placement.devices, place=f"plan {plan.name!r}")
+    for cache in caches:  # before the ranks run for minutes
+        placement_of(cache, placements, source.model)
     sizes = load_model(shape) if shape else None
     part = output.with_name(output.name + ".part.json") if output else None
     with progress("validating:") as report:

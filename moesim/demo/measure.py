@@ -14,8 +14,9 @@ import argparse
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,14 @@ def main(arguments: Sequence[str] | None = None, *, size: Size | None = None) ->
     for name in MODELS:
         for index in range(run.size.domains):
             try:
-                print(run.measure(name, index))
+                print(run.measure(name, index), flush=True)
             except OutOfTime:
                 print(f"{options.minutes:g} minutes are over; finished steps are kept in {run.work}: run the same command again")
-                return int(failed > 0)
+                return int(failed + run.failed > 0)
             except (MoesimError, RuntimeError, OSError) as problem:  # torch reports a vanished GPU as RuntimeError
                 print(f"{name}, domain {index + 1}: failed: {problem}")
                 failed += 1
+    failed += run.failed
     if not failed:
         shutil.rmtree(run.work.parent, ignore_errors=True)
         print(f"all measured; draw it: moesim report {options.out}/*.json")
@@ -105,7 +107,8 @@ class _Run:
         self.end = time.monotonic() + 60 * minutes
         machine = hardware(device)
         self.machine = _hardware_name(machine)
-        self.work = out / ".unfinished" / f"{self.machine}-{digest(repr(size), device, machine['torch'])}"
+        self.work = out / ".unfinished" / f"{self.machine}-{digest(repr(size), device, repr(machine))}"  # another host begins afresh
+        self.failed = 0
 
     def check_time(self, share: float = 0.0, what: str = "") -> None:
         """A progress function that ends the run when its time is over."""
@@ -115,6 +118,7 @@ class _Run:
     def measure(self, name: str, index: int) -> str:
         """Measure one model in one domain, unless it is there; a line that says so."""
         from moesim.validate import calibrate_for, validate
+        from moesim.validate.kept import Kept
 
         size, device = self.size, self.device
         done = self.work / f"{name}-{index}.done"
@@ -139,27 +143,46 @@ class _Run:
             tokens=[tokens * cluster.size for tokens in size.per_rank], repeats=size.repeats, keep=self.work / f"{name}-{domain}.json",
             progress=self.check_time,
         )  # fmt: skip
-        self.check_time()
-        found["executions"] = self.execute(unseen, plans, shape, found, model)
         path = self.out / f"{self.machine}-{found['date']}-{name}-{domain}.json"
         title = f"{name} experts, {domain} routing, on {found['hardware'].get('gpu') or found['hardware']['cpu']}"
-        write_json(path, {"schema_version": SCHEMA_VERSION, "title": title, "what": f"{name}-{domain}", "validation": found})
+        document = {"schema_version": SCHEMA_VERSION, "title": title, "what": f"{name}-{domain}", "validation": found}
+        found["executions"] = []
+        write_json(path, document)  # what comes now may fail, and takes nothing with it
+        kept = Kept(
+            self.work / f"{name}-{domain}.executions.json", {"what": "executions", "trace": unseen.digest, "plans": [p.digest for p in plans]}
+        )
+        failed = []
+        for what, carry_out in self.executions(unseen, plans, shape, found, model).items():
+            self.check_time()
+            try:
+                found["executions"] += kept.step(what, carry_out)
+            except (MoesimError, RuntimeError) as problem:
+                failed.append(f"{what} failed: {problem}")
+                found["notes"].append(failed[-1])
+            write_json(path, document)
+        if failed:
+            self.failed += 1
+            return f"{name}, {domain}: wrote {path}, but {'; '.join(failed)}"
         done.write_text(path.name)
         return f"{name}, {domain}: wrote {path}"
 
-    def execute(self, unseen: Trace, plans: Sequence[Plan], shape: ModelSpec, found: dict[str, Any], model: Any) -> list[dict[str, Any]]:
+    def executions(
+        self, unseen: Trace, plans: Sequence[Plan], shape: ModelSpec, found: dict[str, Any], model: Any
+    ) -> dict[str, Callable[[], list[dict[str, Any]]]]:
         """A cache plan, a migration and a model under the first plan; one process per rank where there are devices for them."""
         import torch
 
         from moesim.validate.execute import execute
 
-        caches = [lru_cache(plans[0], shape, unseen.model)]
-        size, device, backend = self.size, self.device, found["backend"]
-        common: dict[str, Any] = {"sizes": shape, "device": device, "tokens": size.cache_tokens}
-        done = execute(unseen, plans[:2], caches, found, migrate=True, progress=self.check_time, **common)
+        size, device = self.size, self.device
+        run = partial(execute, unseen, found=found, sizes=shape, device=device, tokens=size.cache_tokens)
+        pieces: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            "cache": partial(run, plans[:1], [lru_cache(plans[0], shape, unseen.model)], progress=self.check_time),
+            "migration": partial(run, plans[:2], [], migrate=True, progress=self.check_time),
+        }
         if device == "cpu" or torch.cuda.device_count() >= plans[0].placement.devices:
-            done += execute(unseen, plans[:1], [], found, processes=True, **common)
-        return [*done, self.in_model(model, plans[0], backend)]
+            pieces["processes"] = partial(run, plans[:1], [], processes=True)
+        return pieces | {"in a model": lambda: [self.in_model(model, plans[0], found["backend"])]}
 
     def routing(self, name: str) -> tuple[ModelSpec, list[Trace], Any]:
         """Sizes to execute, traces of a small trained model with as many experts and choices, one per domain, and that model."""
@@ -220,12 +243,22 @@ class _Run:
         """The small model generates under a plan: the same tokens, or an error."""
         import torch
 
+        from moesim.validate.backends import pick_backend
         from moesim.validate.experts_hf import execute_in_model
 
         prompt = torch.arange(2 * 32, device=self.device).reshape(2, 32) % 256
-        one = execute_in_model(model, plan.placement, prompt, new_tokens=self.size.new_tokens, backend=backend)
+        used, notes = pick_backend(backend, device=self.device, dtype=model.dtype)  # the small model's weights are fp32
+        one = execute_in_model(model, plan.placement, prompt, new_tokens=self.size.new_tokens, backend=used)
         detail = f"{one['tokens']} tokens generated under the plan, identical to the model's own; logits within {one['largest_logit_deviation']:.0e}"
-        return {"kind": "in a model", "name": plan.name, "detail": detail, "measured_s": None, "predicted_s": None, "figures": one}
+        return {
+            "kind": "in a model",
+            "name": plan.name,
+            "detail": detail,
+            "measured_s": None,
+            "predicted_s": None,
+            "notes": list(notes),
+            "figures": one,
+        }
 
 
 def lru_cache(plan: Plan, shape: ModelSpec, model: ModelSpec) -> CachePlan:

@@ -39,7 +39,7 @@ def read_npz(source: Path, model: ModelSpec | None, phase: str) -> Routing:
 def _load(source: Path) -> dict[str, NDArray[Any]]:
     arrays = numpy_arrays(source, ("ids", "weights", "seqlens"))
     if "ids" not in arrays:
-        raise TraceError(f"{source}: no array 'ids' [tokens, layers, selections]; found {array_names(source)}")
+        raise TraceError(f"{source}: no array 'ids' [tokens, layers, selections]; found {array_names(source)}: save it as numpy.savez(path, ids=…)")
     ids = arrays["ids"]
     if ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer) or 0 in ids.shape:
         raise TraceError(f"{source}: ids must be whole numbers [tokens, layers, selections], got {ids.dtype} {list(ids.shape)}")

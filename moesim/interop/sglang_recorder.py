@@ -167,7 +167,7 @@ def _chunk(
 
 def _sequences(lengths: Any, tokens: int, *, decode: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sequence number and place in it of every token; decode passes hold one token per sequence."""
-    spans = np.asarray(lengths if isinstance(lengths, list) else [], np.int64) if not decode else np.ones(tokens, np.int64)
+    spans = np.asarray(lengths if isinstance(lengths, list | np.ndarray) else [], np.int64).reshape(-1) if not decode else np.ones(tokens, np.int64)
     if spans.sum() != tokens or (spans < 0).any():
         spans = np.asarray([tokens])
     number = np.repeat(np.arange(len(spans)), spans)

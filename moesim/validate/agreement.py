@@ -81,14 +81,13 @@ def ranking(names: list[str], predicted_s: ArrayLike, measured_s: ArrayLike, noi
     }
 
 
-def rank_order(predicted_s: NDArray[np.float64], samples_s: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Rank correlation over single ranks' median times, and whether their spread (P90 over P10) is beyond twice their noise.
+def rank_order(predicted_s: NDArray[np.float64], measured_s: NDArray[np.float64], halves_s: ArrayLike) -> dict[str, Any]:
+    """Rank correlation over single ranks' times, and whether their spread (P90 over P10) is beyond twice their noise.
 
-    samples_s: every repeat of every rank. noise_floor is how far medians of two halves of the repeats are apart (median over
-    ranks), reliability the rank correlation of those halves: how well the measurement ranks itself.
+    halves_s [ranks, 2]: times by each half of the repeats. noise_floor is how far these are apart (median over ranks),
+    reliability their rank correlation: how well the measurement ranks itself.
     """
-    measured_s = np.array([np.median(each) for each in samples_s])
-    halves = [np.array([np.median(each[start::2]) for each in samples_s]) for start in (0, 1)]
+    halves = np.asarray(halves_s, np.float64).reshape(-1, 2).T
     noise, reliability = float(np.median(np.abs(halves[0] / halves[1] - 1))), correlation(*halves)[0]
     spearman, kendall = correlation(predicted_s, measured_s)
     low, high = np.quantile(measured_s, [0.1, 0.9])

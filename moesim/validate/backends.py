@@ -1,7 +1,7 @@
 """How the experts' two GEMMs are executed: one pair per expert, torch's grouped_mm, or an own Triton kernel.
 
 loop     `torch.mm` per expert with tokens: reference, everywhere; fp8 weights are widened
-grouped  `torch.nn.functional.grouped_mm` (torch >= 2.10): both products of all experts in one call each, no host sync
+grouped  `torch.nn.functional.grouped_mm` (torch >= 2.9): both products of all experts in one call each, no host sync
 triton   own grouped GEMM that gathers its rows itself (`moesim.validate.triton_kernel`), on CUDA
 
 grouped_mm wants int32 ends, strides and addresses of whole 16 bytes, and leaves rows past the last end undefined.
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moesim.errors import InputError, ValidationError
-from moesim.validate.weights import ACTIVATIONS, DTYPES, ExpertWeights, to_fp8
+from moesim.validate.weights import DTYPES, ExpertWeights, to_fp8
 
 Backend = Literal["loop", "grouped", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -61,15 +61,16 @@ def _loop(rows_NH: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
 
 def _grouped(rows_NH: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
     """Both products of all experts in one call each."""
-    if not hasattr(functional, "grouped_mm"):
+    product = getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # its name before torch 2.10
+    if product is None:
         raise ValidationError(f"torch {torch.__version__} has no grouped_mm; use the loop back-end or torch >= 2.10")
     ends = counts_E.cumsum(0).to(torch.int32)
     try:
         if weights.up_scale is not None and weights.down_scale is not None:
             up = _scaled(rows_NH, weights.up, weights.up_scale, ends)
             return _scaled(activate(up, weights.gated), weights.down, weights.down_scale, ends)
-        up = functional.grouped_mm(rows_NH, weights.up.transpose(1, 2), offs=ends)
-        return functional.grouped_mm(activate(up, weights.gated), weights.down.transpose(1, 2), offs=ends)
+        up = product(rows_NH, weights.up.transpose(1, 2), offs=ends)
+        return torch.as_tensor(product(activate(up, weights.gated), weights.down.transpose(1, 2), offs=ends))
     except (RuntimeError, ValueError, NotImplementedError) as problem:
         if isinstance(problem, torch.OutOfMemoryError):
             raise
@@ -102,9 +103,8 @@ def pick_backend(wanted: Backend, *, device: str, dtype: torch.dtype, gated: boo
     is taken. A lack of memory is no such reason and is raised.
     """
     source = torch.Generator().manual_seed(0)
-    held = next(ACTIVATIONS[name] for name, kind in DTYPES.items() if kind == dtype)
     weights = ExpertWeights.random(experts=4, hidden=64, intermediate=32, gated=gated, dtype=dtype, device=device)
-    hidden = torch.randn(24, 64, generator=source).to(device, held)
+    hidden = torch.randn(24, 64, generator=source).to(device, weights.activations)
     counts = torch.tensor([5, 0, 18, 1], device=device)
     rows = torch.randperm(24, generator=source).to(device)
     with torch.inference_mode():

@@ -22,7 +22,7 @@ from moesim.validate.ceilings import fit_copies, measure_copies, measure_launch,
 from moesim.validate.kept import Kept
 from moesim.validate.layer import moe_layer
 from moesim.validate.machine import check_device, check_free, clocks, hardware, on_device
-from moesim.validate.timing import HOW, Call, Graphs, Progress, flush_size, measure
+from moesim.validate.timing import HOW, Call, Graphs, Progress, flush_size, measure, typical
 from moesim.validate.weights import ACTIVATIONS, DTYPES, ExpertWeights
 
 PEAK = ("flops", "memory_Bps", "cache_B", "units")
@@ -92,13 +92,13 @@ def kernel_dict(kernel: ExpertKernel) -> dict[str, Any]:
         "style": kernel.style,
         "dtype": kernel.dtype,
         **{name: getattr(kernel, name) for name in PARAMETERS},
-        **{name: list(getattr(kernel, name)) for name in TILING if name != "tile_columns"},
+        **{name: list(value) if isinstance(value, tuple) else value for name in TILING for value in [getattr(kernel, name)]},
     }
 
 
 def kernel_of(data: Mapping[str, Any]) -> ExpertKernel:
     """Inverse of `kernel_dict`."""
-    given: dict[str, Any] = {name: tuple(value) if name in TILING else value for name, value in data.items()}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     return ExpertKernel(**given)
 
 
@@ -123,7 +123,7 @@ def calibrate(
     """Measure expert layers of the given (hidden, intermediate) shapes under random loads, and fit a kernel.
 
     Each load gives `experts` resident experts between 1 and `most_tokens` selections in all, from balanced to very
-    skewed (Dirichlet draws), some experts empty. A time is the median of interleaved repeats. `top_k` only tells the
+    skewed (Dirichlet draws), some experts empty. A time is that of interleaved repeats (`timing.typical`). `top_k` only tells the
     layer's tokens from its selections. `flush` writes over the caches before every call (default: on a GPU, where layers
     run in between); `links` measures copies, launches and their overlap with GEMMs, too. Finished steps are kept in the
     file `keep`, if given, and are not measured again. Raises ValidationError when the device cannot be used or is busy.
@@ -170,7 +170,7 @@ def calibrate(
                         "counts": " ".join(map(str, counts.tolist())),
                         "gated": gated,
                         "cold": cold,
-                        "latency_ms": float(np.median(seconds)) * 1e3,
+                        "latency_ms": float(typical(seconds, device)) * 1e3,
                         "cv": float(np.std(seconds) / np.mean(seconds)),
                         "samples_s": seconds,
                     }
@@ -200,11 +200,11 @@ def calibrate(
 
 
 def templates(backend: Backend, dtype: str, device: str) -> list[ExpertKernel]:
-    """Kernels to start a fit from: the tile rules the back-end may follow. A CPU's GEMM has small blocks of rows."""
+    """Kernels to start a fit from: the tile rules the back-end may follow. A CPU's GEMM has small blocks of rows, or none to see."""
     style: Style = "loop" if backend == "loop" else "grouped"
     start: dict[str, Any] = {"name": f"torch-{backend}", "style": style, "dtype": dtype, "launch_s": 3e-5, "partial_tile": 0.0, "reread": 0.0}
-    if device == "cpu":
-        rules: list[dict[str, Any]] = [{"tile_rows": (8,)}]
+    if device == "cpu":  # one token is a product with a vector; for more, MKL and oneDNN copy the weights into blocks first
+        rules: list[dict[str, Any]] = [{"tile_rows": (1,), "repack": 1.0}, {"tile_rows": (8,), "repack": 1.0}]
     elif backend == "triton":  # its own rule: `tiles.tile_rows`
         rules = [{"tile_rows": (16, 32, 64, 128), "by_selections_per_expert": (16, 32, 64)}]
     else:

@@ -14,7 +14,7 @@ from moesim.cost.experts import ComputePeak
 from moesim.errors import ValidationError
 from moesim.validate.machine import cache_B, check_device
 from moesim.validate.streams import Side
-from moesim.validate.timing import measure
+from moesim.validate.timing import cuda_seconds, flush_size, measure, one_thread
 from moesim.validate.weights import ACTIVATIONS
 
 COPY_SIZES_B = tuple(m * 2**20 for m in (1, 4, 16, 64))
@@ -53,12 +53,13 @@ def measure_launch(device: str) -> float:
 def measure_copies(device: str, *, sizes_B: Sequence[int] = COPY_SIZES_B, repeats: int = 9) -> list[dict[str, Any]]:
     """Rows {way, bytes, seconds, cv}: host to device and back, from pinned and from pageable memory, and device to device.
 
-    On a CPU "host" and "device" are two blocks of its memory, and nothing is pinned. Between devices: the second GPU where
+    On a CPU "host" and "device" are two blocks of its memory that no cache holds, and nothing is pinned. Between devices: the second GPU where
     there is one, else inside the one device (`inside-device`), a bound that no link reaches.
     """
     cuda = device.startswith("cuda")
     peer = next((f"cuda:{i}" for i in range(torch.cuda.device_count()) if torch.device(f"cuda:{i}") != torch.device(device)), None) if cuda else None
     rows = []
+    scratch = torch.empty(0 if cuda else flush_size(device) // 4)
     for size in sizes_B:
         there, away = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=peer or device)
         hosts = {"pageable": torch.ones(size, dtype=torch.uint8)}
@@ -69,7 +70,7 @@ def measure_copies(device: str, *, sizes_B: Sequence[int] = COPY_SIZES_B, repeat
             ways[f"host-to-device {kind}"] = partial(there.copy_, host, non_blocking=kind == "pinned")
             ways[f"device-to-host {kind}"] = partial(host.copy_, there, non_blocking=kind == "pinned")
         for way, copy in ways.items():
-            seconds = [_one_by_one_s(copy, device) for _ in range(repeats + 1)][1:]
+            seconds = [_copy_s(copy, device, scratch, queued="pageable" not in way) for _ in range(repeats + 1)][1:]
             rows.append({"way": way, "bytes": size, "seconds": float(np.median(seconds)), "cv": float(np.std(seconds) / np.mean(seconds))})
     return rows
 
@@ -129,18 +130,20 @@ def measure_overlap(device: str, dtype: str, *, size_B: int = 64 * 2**20, repeat
     }
 
 
+def _copy_s(copy: Callable[[], object], device: str, scratch: torch.Tensor, *, queued: bool) -> float:
+    """Seconds of one copy: on CUDA between events where the host only queues it, wall clock where it takes part."""
+    scratch.add_(1.0)
+    return cuda_seconds(copy) if queued and device.startswith("cuda") else _one_by_one_s(copy, device)
+
+
 def _one_by_one_s(call: Callable[[], object], device: str) -> float:
     """Seconds of one call: wall clock on CUDA, processor time of one thread on a CPU, which other programs do not inflate."""
     if device.startswith("cuda"):
         return _wall_s(call, device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread(device):
         begin = time.thread_time()
         call()
         return time.thread_time() - begin
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _wait(device: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.cost import CostModel
+from moesim.cost.experts import ComputePeak
 from moesim.errors import PlanError
 from moesim.hardware import Cluster
 from moesim.hardware.profile import Device, Memory, load_links
@@ -41,7 +43,7 @@ def predict_plans(trace: Trace, plans: Sequence[Plan], found: Calibration, *, sh
         devices = plan.placement.devices
         if cluster is not None and cluster.size != devices:
             raise PlanError(f"plan {plan.name!r} has {devices} devices, cluster {cluster.name!r} {cluster.size}; choose a cluster of that size")
-        where = cluster or stand_in(found, devices)
+        where = cluster or stand_in(found.peak, devices, kind="cpu" if found.device == "cpu" else "gpu", dtype=found.dtype)
         measured = {device.name: (found.peak, found.fit.kernel) for device in where.devices}
         cost = CostModel.of(where, shape, measured=measured)
         size = max(1, trace.tokens // devices)
@@ -58,16 +60,16 @@ def predict_plans(trace: Trace, plans: Sequence[Plan], found: Calibration, *, sh
     return predicted
 
 
-def stand_in(found: Calibration, devices: int) -> Cluster:
-    """A node of `devices` calibrated devices, for computation only: its link is a placeholder whose times are not used."""
-    memory = Memory(name="ddr" if found.device == "cpu" else "hbm", capacity_B=1e15, bandwidth_Bps=found.peak.memory_Bps, channels=1)
+def stand_in(peak: ComputePeak, devices: int, *, kind: Literal["cpu", "gpu"], dtype: str) -> Cluster:
+    """A node of `devices` devices known by their peaks, for computation only: its link is a placeholder whose times are not used."""
+    memory = Memory(name="ddr" if kind == "cpu" else "hbm", capacity_B=1e15, bandwidth_Bps=peak.memory_Bps, channels=1)
     device = Device(
         name="calibrated",
         title="the calibrated device",
-        kind="cpu" if found.device == "cpu" else "gpu",
-        flops={"bf16" if found.dtype == "fp8" else found.dtype: found.peak.flops},
-        units=found.peak.units,
-        cache_B=found.peak.cache_B,
+        kind=kind,
+        flops={"bf16" if dtype == "fp8" else dtype: peak.flops},
+        units=peak.units,
+        cache_B=peak.cache_B,
         memories=(memory,),
         power_W=None,
         rent_per_hour=None,

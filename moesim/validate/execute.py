@@ -19,8 +19,8 @@ from moesim.files import read_json
 from moesim.model import ModelSpec
 from moesim.plan import CachePlan, Plan, load_cache_plan, load_plan
 from moesim.plan.cache import NVME
-from moesim.replay import All, Oracle, Prefetcher, PreGated, Residual
-from moesim.replay import Path as PathAhead
+from moesim.replay import Prefetcher
+from moesim.systems.residency import foreseeing
 from moesim.trace import NO_EXPERT, Trace
 from moesim.units import human
 from moesim.validate.backends import Backend
@@ -31,11 +31,10 @@ from moesim.validate.offload import execute_cache
 from moesim.validate.processes import execute_processes
 from moesim.validate.ranks import shares
 from moesim.validate.score import predict_case
+from moesim.validate.stalls import measure_way
 from moesim.validate.timing import Progress
 from moesim.validate.validate import layer_rows, read_tokens
-from moesim.validate.weights import DTYPES, ExpertWeights
-
-PREFETCHERS = {"oracle": Oracle, "pre-gated": PreGated, "path": PathAhead, "residual": Residual}
+from moesim.validate.weights import DTYPES, ExpertWeights, pinned
 
 
 def load_plans(paths: Sequence[Path]) -> tuple[list[Plan], list[CachePlan]]:
@@ -50,6 +49,13 @@ def load_plans(paths: Sequence[Path]) -> tuple[list[Plan], list[CachePlan]]:
     if not placements:
         raise InputError("no placement among the plans: ranks are executed as a placement says; give one that `moesim place` wrote")
     return placements, caches
+
+
+def placement_of(cache: CachePlan, placements: Sequence[Plan], model: ModelSpec) -> Plan:
+    """The placement a cache plan was made for, else the first; PlanError where it fits neither that nor the model."""
+    plan = next((each for each in placements if each.digest == cache.placement), placements[0])
+    cache.check_fits(model, plan, place=f"cache plan {cache.name!r}")
+    return plan
 
 
 def execute(
@@ -82,17 +88,15 @@ def execute(
     if not (caches or processes or (migrate and len(placements) > 1)):
         return done
     ids, gates = read_tokens(trace, min(tokens, trace.tokens))
-    paths = copy_paths(device)
     make = partial(_experts, shape, dtype, seed)
     for cache in caches:
-        plan = next((each for each in placements if each.digest == cache.placement), placements[0])
-        cache.check_fits(trace.model, plan, place=f"cache plan {cache.name!r}")
-        done.append(_cache(cache, plan, ids, gates, rows, make, device, backend, step_tokens, paths["host"], progress))
+        done.append(_cache(cache, placement_of(cache, placements, trace.model), ids, gates, rows, make, device, backend, step_tokens, progress))
     row, layer = next(iter(rows.items()))
+    path = inside_path(device) if migrate and len(placements) > 1 else None
     for old, new in pairwise(placements) if migrate else ():
         one = execute_migration(
             old.placement, new.placement, row, make(layer, device), ids[:, row], gates[:, row],
-            device=device, backend=backend, path=paths["inside"], seed=seed, progress=progress,
+            device=device, backend=backend, path=path, seed=seed, progress=progress,
         )  # fmt: skip
         slower = "nothing moved" if one["slowdown"] is None else f"serving beside a copy x {one['slowdown']:.2f} (noise {one['noise_floor']:.0%})"
         detail = f"{one['moves']} experts, {human(one['bytes'], 'B')} of layer {layer}; outputs equal to {one['deviation']:.0e} throughout; {slower}"
@@ -128,40 +132,36 @@ def _predicted(plan: Plan, ids: NDArray[np.uint16], gates: NDArray[np.float32], 
     return [predict_case(case, found["model"], peak, kernel, cold=found["flush_B"] > 0) for case in cases]
 
 
-def copy_paths(device: str) -> dict[str, CopyPath]:
-    """Copies as they are on this machine now: `host` to device (pinned where there is pinning) and `inside` the device."""
+def inside_path(device: str) -> CopyPath:
+    """Copies from device to device as they are on this machine now, or inside the one device."""
     fits = fit_copies(measure_copies(device, sizes_B=(2**20, 2**22, 2**24)))
-    host = "host-to-device pinned" if "host-to-device pinned" in fits else "host-to-device pageable"
-    inside = "device-to-device" if "device-to-device" in fits else "inside-device"
-    return {
-        name: CopyPath(latency_s=fits[way]["latency_s"], bandwidth_Bps=fits[way]["bandwidth_Bps"], bottleneck=way)
-        for name, way in (("host", host), ("inside", inside))
-    }
+    way = "device-to-device" if "device-to-device" in fits else "inside-device"
+    return CopyPath(latency_s=fits[way]["latency_s"], bandwidth_Bps=fits[way]["bandwidth_Bps"], bottleneck=way)
 
 
 def prefetcher_of(cache: CachePlan) -> tuple[Prefetcher | None, tuple[str, ...]]:
     """The prefetcher a cache plan names, and a remark where it cannot be executed from a trace alone."""
-    if cache.prefetcher == "none":
-        return None, ()
-    if cache.prefetcher == "all":
-        return All(), ()
-    if cache.prefetcher in PREFETCHERS:
-        return PREFETCHERS[cache.prefetcher](recall=cache.recall, distance=cache.distance), ()
-    return None, (f"prefetcher {cache.prefetcher!r} needs more than this trace: executed without prefetching",)
+    try:
+        found = foreseeing(cache.prefetcher, cache.distance, cache.recall)
+    except InputError:
+        return None, (f"prefetcher {cache.prefetcher!r} needs more than this trace: executed without prefetching",)
+    early = (f"experts were copied one layer ahead, the plan says {cache.distance}",) if found and cache.distance != 1 else ()
+    return found, early
 
 
 def _cache(
     cache: CachePlan, plan: Plan, ids: NDArray[np.uint16], gates: NDArray[np.float32], rows: Mapping[int, int], make: Any,
-    device: str, backend: Backend, step_tokens: int, path: CopyPath, progress: Progress,
+    device: str, backend: Backend, step_tokens: int, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """One cache plan, device after device: each sees the selections that its placement sends it."""
     chosen = list(rows)
     prefetcher, notes = prefetcher_of(cache)
     if (cache.tier_LE == NVME).any():
         notes = (*notes, "experts on NVMe were executed from host memory")
-    hosts = [make(layer, "cpu") for layer in rows.values()]
+    hosts = [pinned(host) if device.startswith("cuda") else host for host in (make(layer, "cpu") for layer in rows.values())]
     if set(np.unique(cache.bits_LE[chosen])) != {8.0 * hosts[0].up.element_size()}:
         notes = (*notes, f"weights were held in {hosts[0].up.dtype}, not in the plan's bits")
+    way = measure_way(hosts[0], device, total_B=sum(part.nbytes for host in hosts for part in host.parts))
     per_device = []
     parts = shares(plan.placement, ids, gates, node_G=np.zeros(plan.placement.devices, np.int64))
     for rank in range(plan.placement.devices):
@@ -173,7 +173,7 @@ def _cache(
         pinned = (cache.pinned_LE & plan.placement.holds_LGE[:, rank])[chosen]
         one = execute_cache(
             mine[:, chosen], gates[:, chosen], hosts, policy=cache.policy, slots=cache.slots_LG[chosen, rank], tokens_per_step=step_tokens,
-            prefetcher=prefetcher, pinned_LE=pinned, device=device, backend=backend, path=path, progress=progress,
+            prefetcher=prefetcher, pinned_LE=pinned, device=device, backend=backend, way=way, progress=progress,
         )  # fmt: skip
         per_device.append(one)
         notes = (*notes, *one.pop("notes"))

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ _QUERY = {
     "temperature_C": "temperature.gpu",
     "power_W": "power.draw",
     "busy_percent": "utilization.gpu",
-    "throttled": "clocks_throttle_reasons.active",
 }
+_THROTTLED = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # its name, and before driver 535
 
 
 def check_device(device: str) -> None:
@@ -61,14 +61,20 @@ def clocks(device: str) -> dict[str, Any]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {"note": "nvidia-smi is not installed: clocks and other users are unknown"}
-    index = torch.device(device).index or 0
-    command = [tool, f"--id={index}", f"--query-gpu={','.join(_QUERY.values())}", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as problem:
-        return {"note": f"nvidia-smi failed: {problem}"}
-    values = [value.strip() for value in next(csv.reader(text.splitlines()), [])]
-    return {name: _number(value) for name, value in zip(_QUERY, values, strict=False)}
+    index, failed = torch.device(device).index or 0, ""
+    for extra in (*_THROTTLED, None):
+        names = {**_QUERY, **({"throttled": extra} if extra else {})}
+        command = [tool, f"--id={index}", f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits"]
+        try:
+            text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        except subprocess.CalledProcessError as problem:  # a driver refuses the whole query for one name it does not know
+            failed = str(problem)
+        except (OSError, subprocess.SubprocessError) as problem:
+            return {"note": f"nvidia-smi failed: {problem}"}
+        else:
+            values = [value.strip() for value in next(csv.reader(text.splitlines()), [])]
+            return {name: _number(value) for name, value in zip(names, values, strict=False)}
+    return {"note": f"nvidia-smi failed: {failed}"}
 
 
 def _number(text: str) -> float | str:
@@ -112,12 +118,15 @@ def cache_B(device: str) -> float:
 
 @contextmanager
 def on_device(device: str, what: str) -> Iterator[None]:
-    """Work on a device: its failures become ValidationErrors that say what to do, and its memory is given back after.
+    """Work on a device, which is the current one meanwhile: its failures become ValidationErrors that say what to do, and its
+    memory is given back after.
 
     Raises ValidationError for a full device, a kernel that is missing or a device that vanished.
     """
+    here = torch.cuda.device(device) if device.startswith("cuda") and torch.cuda.is_available() else nullcontext()
     try:
-        yield
+        with here:
+            yield
     except torch.OutOfMemoryError as problem:
         line = str(problem).splitlines()[0]
         raise ValidationError(f"{what}: {device} has too little memory: {line}; use fewer tokens, slots or layers") from None

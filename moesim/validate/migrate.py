@@ -27,7 +27,7 @@ from moesim.validate.layer import selected_outputs, slots_layer, weighted_sum
 from moesim.validate.machine import check_device, on_device
 from moesim.validate.ranks import check_equal
 from moesim.validate.streams import Side
-from moesim.validate.timing import Progress
+from moesim.validate.timing import Progress, one_thread
 from moesim.validate.weights import ROUNDING, ExpertWeights
 
 SPARE = 1  # slots beside the larger of the two placements', on every rank
@@ -171,10 +171,10 @@ def execute_migration(
     """
     check_device(device)
     order = safe_order(old, new, layer)
-    hidden = torch.randn(len(ids_TK), weights.up.shape[2], generator=torch.Generator().manual_seed(seed)).to(device, weights.up.dtype)
+    hidden = torch.randn(len(ids_TK), weights.up.shape[2], generator=torch.Generator().manual_seed(seed)).to(device, weights.activations)
     gates = torch.as_tensor(np.asarray(gates_TK, np.float32), device=device)
     ids = torch.as_tensor(np.where(ids_TK == NO_EXPERT, -1, ids_TK.astype(np.int64)), device=device)
-    with torch.inference_mode(), on_device(device, "migration"):
+    with torch.inference_mode(), on_device(device, "migration"), one_thread(device):
         live = LiveLayer(old, layer, weights, slots_G=np.maximum(old.slots_G, new.slots_G) + SPARE)
         whole = slots_layer(hidden, ids, gates, weights, backend=backend)
         serve = partial(live.serve, hidden, ids_TK, gates, backend=backend)

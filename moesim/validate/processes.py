@@ -28,7 +28,7 @@ from moesim.plan import Placement
 from moesim.validate.backends import Backend
 from moesim.validate.layer import moe_layer
 from moesim.validate.ranks import Share, check_equal, shares
-from moesim.validate.weights import DTYPES, ROUNDING, ExpertWeights
+from moesim.validate.weights import ACTIVATIONS, DTYPES, ROUNDING, ExpertWeights
 
 PATIENCE_S = 300.0
 PARTS = ("dispatch_s", "compute_s", "combine_s")
@@ -73,7 +73,7 @@ def execute_processes(
         raise ValidationError(
             f"rank {source} sent {copies[source, target]:.0f} token copies to rank {target}, the simulator says {expected[source, target]:.0f}"
         )
-    element_B = torch.empty(0, dtype=DTYPES[dtype]).element_size()
+    element_B = torch.empty(0, dtype=ACTIVATIONS[dtype]).element_size()
     return {
         "layer": placement.layers[layer],
         "ranks": world,
@@ -146,18 +146,19 @@ def _work(rank: int, world: int, meet: str, job: dict[str, Any], answers: Any) -
 def _rank(rank: int, world: int, job: Mapping[str, Any]) -> dict[str, Any]:
     device = f"cuda:{rank}" if job["device"].startswith("cuda") else "cpu"
     placement, layer, ids, gates = job["placement"], job["layer"], job["ids"], job["gates"]
-    kind = DTYPES[job["dtype"]]
     experts = ExpertWeights.random(
-        experts=placement.experts, hidden=job["hidden"], intermediate=job["intermediate"], gated=job["gated"], dtype=kind, seed=job["seed"]
-    )
-    hidden = torch.randn(len(ids), job["hidden"], generator=torch.Generator().manual_seed(job["seed"])).to(kind)
+        experts=placement.experts, hidden=job["hidden"], intermediate=job["intermediate"], gated=job["gated"], dtype=DTYPES[job["dtype"]],
+        seed=job["seed"],
+    )  # fmt: skip
+    hidden = torch.randn(len(ids), job["hidden"], generator=torch.Generator().manual_seed(job["seed"])).to(experts.activations)
     parts = [share for share in shares(placement, ids, gates, node_G=np.zeros(world, int)) if share.layer == layer]
     source_T = np.arange(len(ids)) * world // len(ids)
     first = int((source_T < rank).sum())
     here = hidden[source_T == rank].to(device)
     plan = _Exchange(parts, source_T, rank, device)
-    mine = experts.take(parts[rank].experts)
-    resident = ExpertWeights(up=mine.up.to(device), down=mine.down.to(device), gated=mine.gated)
+    resident = experts.like(len(parts[rank].experts), device=device)
+    for slot, expert in enumerate(parts[rank].experts):
+        resident.put(slot, experts, expert)
     arrived = torch.zeros(0)
     times: dict[str, list[float]] = {name: [] for name in PARTS}
     for _ in range(job["repeats"] + 1):
@@ -165,7 +166,7 @@ def _rank(rank: int, world: int, job: Mapping[str, Any]) -> dict[str, Any]:
         partial_sums = _timed(times["compute_s"], device, partial(plan.compute, arrived, resident, job["backend"]), alone=True)
         out = _timed(times["combine_s"], device, partial(plan.combine, partial_sums, here))
     whole = _whole(parts, hidden, experts, placement, job["backend"])[first : first + len(here)]
-    deviation = check_equal(out.cpu(), whole, tolerance=ROUNDING[kind], why="tokens went to wrong ranks or came back in the wrong order")
+    deviation = check_equal(out.cpu(), whole, tolerance=ROUNDING[hidden.dtype], why="tokens went to wrong ranks or came back in the wrong order")
     return {"copies": plan.send, "deviation": deviation, **{name: float(np.median(values[1:])) for name, values in times.items()}}
 
 

@@ -43,7 +43,7 @@ def layer_sums(cases: Sequence[Mapping[str, Any]], plans: Sequence[str], values:
 def summarise(cases: Sequence[Mapping[str, Any]], table: pd.DataFrame) -> dict[str, Any]:
     """Errors, by model, layer, plan and batch, and rankings, of executed cases.
 
-    A case names batch, plan, layer, rank, tokens (selections), predicted_s, measured_s, samples_s and the engines'
+    A case names batch, plan, layer, rank, tokens (selections), predicted_s, measured_s, halves_s and the engines'
     lockstep_s and event_s; `table` is the calibration's.
     """
     predicted, measured = _column(cases, "predicted_s"), _column(cases, "measured_s")
@@ -58,7 +58,7 @@ def summarise(cases: Sequence[Mapping[str, Any]], table: pd.DataFrame) -> dict[s
         "by_layer": errors_by([case["layer"] for case in cases], predicted, measured),
         "by_plan": errors_by([case["plan"] for case in cases], predicted, measured),
         "by_batch": errors_by([case["batch"] for case in cases], predicted, measured),
-        "per_rank": rank_order(predicted, [case["samples_s"] for case in cases]),
+        "per_rank": rank_order(predicted, measured, [case["halves_s"] for case in cases]),
         "ranking": rankings[-1],
         "ranking_tokens_only": naive_rankings[-1],
         "rankings": rankings,
@@ -88,7 +88,7 @@ def layer_totals(cases: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.float64
 
 def noise_floor(cases: Sequence[Mapping[str, Any]], plans: Sequence[str]) -> float:
     """Relative error of a plan's measured time: how far two halves of the repeats are apart, the median over plans."""
-    halves = [layer_sums(cases, plans, [float(np.median(case["samples_s"][start::2])) for case in cases]) for start in (0, 1)]
+    halves = [layer_sums(cases, plans, [case["halves_s"][half] for case in cases]) for half in (0, 1)]
     return float(np.median(np.abs(halves[0] / halves[1] - 1)))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from moesim.validate.machine import cache_B
 
@@ -35,9 +36,14 @@ class Graphs:
 
 
 HOW = {
-    "cpu": "processor time of one thread",
-    "cuda": "CUDA events around a CUDA graph of the call, around the call itself where it cannot be captured",
+    "cpu": "processor time of one thread, lower quartile of the repeats",
+    "cuda": "CUDA events around a CUDA graph of the call, around the call itself where it cannot be captured; median of the repeats",
 }
+
+
+def typical(samples_s: ArrayLike, device: str) -> NDArray[np.float64]:
+    """The time that repeats [..., repeats] stand for, [...]: their median; on a CPU the lower quartile, since others only slow a core down."""
+    return np.asarray(np.quantile(np.asarray(samples_s, np.float64), 0.25 if device == "cpu" else 0.5, axis=-1))
 
 
 def measure(
@@ -61,19 +67,17 @@ def measure(
     inflate. `graphs` counts calls that a CUDA graph captured, and those it could not.
     """
     rng = np.random.default_rng(seed)
-    timed = _cuda_seconds if device.startswith("cuda") else _thread_seconds
+    timed = cuda_seconds if device.startswith("cuda") else _thread_seconds
     scratch = torch.empty(max(flush_B, 8) // 4, dtype=torch.float32, device=device)
     times = np.zeros((len(calls), repeats))
-    threads = torch.get_num_threads()
-    try:
-        if device == "cpu":
-            torch.set_num_threads(1)
+    with one_thread(device):
         ready = []
+        capture = _Capture(device, graphs or Graphs()) if device.startswith("cuda") else None
         for index, call in enumerate(calls):
             if before:
                 before[index]()
             call()
-            ready.append(_graphed(call, graphs or Graphs()) if device.startswith("cuda") else call)
+            ready.append(capture(call) if capture else call)
         for repeat in range(repeats):
             for index in rng.permutation(len(calls)):
                 if before:
@@ -84,9 +88,19 @@ def measure(
                         awake()
                 times[index, repeat] = timed(ready[index])
             progress((repeat + 1) / repeats, "")
+    return times
+
+
+@contextmanager
+def one_thread(device: str) -> Iterator[None]:
+    """On a CPU torch computes with one thread of the caller, and one of every thread beside it: processor time then is all there is."""
+    threads = torch.get_num_threads()
+    try:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        yield
     finally:
         torch.set_num_threads(threads)
-    return times
 
 
 def flush_size(device: str) -> int:
@@ -94,7 +108,8 @@ def flush_size(device: str) -> int:
     return int(min(2 * cache_B(device), 2**29))
 
 
-def _cuda_seconds(call: Call) -> float:
+def cuda_seconds(call: Call) -> float:
+    """Seconds between two CUDA events around a call."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     call()
@@ -109,28 +124,43 @@ def _thread_seconds(call: Call) -> float:
     return time.thread_time() - begin
 
 
-def _graphed(call: Call, count: Graphs) -> Call:
-    """The call as a CUDA graph, as engines run it, so that the host's launches are not timed; itself if it waits for the host."""
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    try:
-        with torch.cuda.graph(graph, pool=_pool()):
-            call()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        torch.cuda.synchronize()
-        count.eager += 1
+class _Capture:
+    """Calls as CUDA graphs, as engines run them, so that the host's launches are not timed; those that wait for the host as they are.
+
+    The graphs share a memory pool: they never run at the same time and nobody reads what they leave. `torch.cuda.graph` is not
+    used: it empties the allocator before every capture, and leaves its stream current after one that fails. After a failure
+    nothing more is captured, since the allocator may keep the memory of a capture that did not end.
+    """
+
+    def __init__(self, device: str, count: Graphs) -> None:
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+        self.count, self.possible = count, True
+
+    def __call__(self, call: Call) -> Call:
+        if self.possible:
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            try:
+                with torch.cuda.stream(self.stream):
+                    self._record(graph, call)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                torch.cuda.synchronize()
+                self.possible = False
+            else:
+                self.count.captured += 1
+                return graph.replay
+        self.count.eager += 1
         return call
-    count.captured += 1
-    return graph.replay
 
-
-_shared: list[Any] = []
-
-
-def _pool() -> Any:
-    """One memory pool for all graphs: they never run at the same time and nobody reads what they leave."""
-    if not _shared:
-        _shared.append(torch.cuda.graph_pool_handle())
-    return _shared[0]
+    def _record(self, graph: Any, call: Call) -> None:
+        graph.capture_begin(pool=self.pool)
+        try:
+            call()
+        except BaseException:
+            with suppress(RuntimeError):  # that it was broken is known
+                graph.capture_end()
+            raise
+        graph.capture_end()

@@ -70,6 +70,11 @@ class ExpertWeights:
         return sum(part[0].nbytes for part in self.parts)
 
     @property
+    def activations(self) -> torch.dtype:
+        """What tokens are held in beside these weights: their own dtype, but fp8 is a format of weights."""
+        return torch.bfloat16 if self.up.dtype == DTYPES["fp8"] else self.up.dtype
+
+    @property
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors, experts first."""
         return tuple(part for part in (self.up, self.down, self.up_scale, self.down_scale) if part is not None)
@@ -125,3 +130,13 @@ def to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
     kind = DTYPES["fp8"]
     scale = values.float().abs().amax(dim=-1).clamp_min(1e-12) / torch.finfo(kind).max
     return (values.float() / scale[..., None]).to(kind), scale
+
+
+def pinned(weights: ExpertWeights) -> ExpertWeights:
+    """The same weights in pinned host memory: these, if they are."""
+    if weights.up.is_pinned():
+        return weights
+    found = weights.like(len(weights.up), pinned=True)
+    for expert in range(len(weights.up)):
+        found.put(expert, weights, expert)
+    return found
