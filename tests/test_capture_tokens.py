@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from capture_scripts.tiny import tiny_spec
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from moesim import load_trace
-from moesim.capture.rows import RowBuffer
+from moesim.capture.discover import Router
+from moesim.capture.gather import gather, stacked
+from moesim.capture.routers import Adapter
+from moesim.capture.rows import Pass, RowBuffer
 from moesim.capture.tokens import Forward, Sequences, token_columns
 from moesim.trace import NO_EXPERT, TraceWriter
 
@@ -113,20 +119,30 @@ def test_a_length_on_the_device_decides_position_and_phase() -> None:
     assert columns["position"].tolist() == [7, 7]
 
 
-def test_joined_passes_are_the_passes_one_by_one(tmp_path: Path) -> None:
-    """Plain and padded passes, a silent router (None) and -1 (no selection), in order and in their own dtypes."""
-    rng, passes = np.random.default_rng(0), []
-    for number, kind in enumerate((np.int64, np.int32, np.uint16, np.int64)):
-        ids = [rng.integers(0, 4, (6, 2)).astype(kind) for _ in range(3)]
-        passes.append((forward(2, 3, prompt=number, domain=("a", "b") if number == 2 else "c"), ids))
-    passes[1][1][0][0] = -1
-    passes[3][1][2] = None  # type: ignore[call-overload]
+@pytest.mark.parametrize("on_device", [False, True])
+def test_joined_passes_are_the_passes_one_by_one(on_device: bool, tmp_path: Path) -> None:
+    """Whole passes, chunked ones, a silent router and -1 (no selection), in order and in their own dtypes; stacked as on a device, or not."""
+    generator, passes = torch.Generator().manual_seed(0), []
+    group = [
+        Router(name=f"r{layer}", module=nn.Identity(), adapter=Adapter(name="x", read=lambda *_: _), layer=layer, owner="") for layer in range(3)
+    ]
+    for kind in (torch.int64, torch.int32, torch.uint16, torch.int64):
+        passes.append([(layer, torch.randint(0, 4, (6, 2), generator=generator).to(kind), None) for layer in range(3)])
+    passes[1][1][1][0] = -1
+    del passes[3][2]
+    expected = [np.stack([ids.numpy().astype(np.uint16) for _, ids, _ in kept], axis=1) for kept in passes[:3]]
+    last = np.stack([ids.numpy() for _, ids, _ in passes[3]], axis=1)
+    expected.append(np.concatenate([last, np.full((6, 1, 2), NO_EXPERT)], axis=1).astype(np.uint16))
+    passes[0] = [(layer, ids[rows], None) for rows in (slice(4), slice(4, 6)) for layer, ids, _ in passes[0]]
     with TraceWriter(tmp_path / "t", tiny_spec(), weights=False) as writer:
-        rows = RowBuffer(writer, [[0, 1, 2]])
-        for label, ids in passes:
-            rows.add(label, {"experts": ids, "mask": np.ones((2, 3))})
+        rows = RowBuffer(writer, [group])
+        for number, kept in enumerate(passes):
+            label = forward(2, 3, prompt=number, domain=("a", "b") if number == 2 else "c")
+            arrays = {"mask": np.ones((2, 3))}
+            if on_device:
+                arrays |= {name: tensor.numpy() for name, tensor in stacked(gather(group, kept, width=2, weights=False)).items()}
+            rows.add(Pass(label, 6, 96, () if on_device else kept), arrays)
         rows.flush()
-    expected = [np.stack([np.full((6, 2), NO_EXPERT) if layer is None else layer.astype(np.uint16) for layer in ids], axis=1) for _, ids in passes]
     trace = load_trace(tmp_path / "t")
     np.testing.assert_array_equal(trace.experts(), np.concatenate(expected))
     (batch,) = trace.batches(columns=("sequence", "position", "domain"))

@@ -251,6 +251,7 @@ def test_what_an_adapter_cannot_read_is_said_with_the_routers_name(tmp_path: Pat
         (lambda module, inputs, output: (output["gates"], None), "ids are torch.float32"),
         (lambda module, inputs, output: output[1], "layers.0.gate"),
         (lambda module, inputs, output: (output["chosen"], None), "gives no gate weights"),
+        (lambda module, inputs, output: (output["chosen"].tolist(), output["gates"]), "what StrangeGate gave cannot be read"),
         (lambda module, inputs, output: (output["chosen"].repeat(1, 1, 2), output["gates"]), "chose 4 experts.* at most 2"),
     ):
         moesim.capture.register_router("StrangeGate", read)

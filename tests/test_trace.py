@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from moesim.errors import OutputExists, TraceError
 from moesim.model import ModelSpec
 from moesim.trace import NO_EXPERT, Trace, TraceStats, TraceWriter, drift_bits, load_trace
 from moesim.trace.inspect import inspect
+from moesim.trace.writer import GROUP_ROWS
 
 MakeTrace = Callable[..., Trace]
 IDS = arrays(np.int64, st.tuples(st.integers(1, 40), st.just(3), st.just(2)), elements=st.integers(-1, 15))
@@ -230,6 +233,102 @@ def test_hostile_parquet_is_refused_with_its_place(trace: Trace) -> None:
         rewrite(trace, broken)
         with pytest.raises(TraceError, match=message):
             load_trace(trace.path)
+
+
+def varint(number: int) -> bytes:
+    """Thrift's compact whole number, zigzag."""
+    left, out = 2 * number, bytearray()
+    while left > 127:
+        out.append(left & 127 | 128)
+        left >>= 7
+    return bytes([*out, left])
+
+
+def declare_rows(part: Path, claim: int) -> None:
+    """Let the footer say `claim` rows wherever it says how many there are."""
+    data, rows = part.read_bytes(), pq.ParquetFile(part).metadata.num_rows
+    size = int.from_bytes(data[-8:-4], "little")
+    footer = data[-8 - size : -8].replace(varint(rows), varint(claim))
+    part.write_bytes(data[: -8 - size] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+def declare_page(part: Path, claim: int) -> None:
+    """Let the last column's page say that it holds `claim` bytes when decompressed."""
+    data, metadata = part.read_bytes(), pq.ParquetFile(part).metadata
+    at = metadata.row_group(metadata.num_row_groups - 1).column(metadata.num_columns - 1).data_page_offset + 3
+    end = next(i for i in range(at, len(data)) if data[i] < 128) + 1
+    part.write_bytes(data[:at] + varint(claim) + data[end:])
+
+
+@pytest.mark.parametrize(("declare", "claim"), [(declare_rows, 10**12), (declare_rows, 2**62), (declare_page, 2**31 - 1)])
+def test_a_huge_declared_size_is_refused_in_bounded_memory(
+    declare: Callable[[Path, int], None], claim: int, model: ModelSpec, make_trace: MakeTrace
+) -> None:
+    trace = make_trace(model, clustered_routing(model, 1237))
+    declare(trace.parts[0], claim)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(TraceError, match=r"part-.*(damaged Parquet|and holds 1,237)"):
+        load_trace(trace.path).experts()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_reading_one_layer_does_not_touch_the_others(tmp_path: Path) -> None:
+    model = tiny_model()
+    ids = clustered_routing(model, 3000)
+    with TraceWriter(tmp_path / "t", model, weights=False) as writer:
+        writer.append(ids)
+    (part,) = (tmp_path / "t").glob("part-*")
+    data, group = bytearray(part.read_bytes()), pq.ParquetFile(part).metadata.row_group(0)
+    for column in map(group.column, range(group.num_columns)):
+        if column.path_in_schema.startswith(("experts_1", "experts_3")):
+            begin = column.data_page_offset
+            data[begin : begin + column.total_compressed_size] = bytes(column.total_compressed_size)
+    part.write_bytes(data)
+    np.testing.assert_array_equal(load_trace(tmp_path / "t").experts(layers=[2])[:, 0], ids[:, 1])
+    with pytest.raises(TraceError, match="damaged Parquet"):
+        load_trace(tmp_path / "t").experts()
+
+
+def test_a_million_ids_a_second_are_written(tmp_path: Path) -> None:
+    model = tiny_model(layers=8, experts=64, top_k=6)
+    ids = clustered_routing(model, 20_000).astype(np.uint16)
+    with TraceWriter(tmp_path / "t", model, weights=False) as writer:
+        began = time.process_time()
+        writer.append(ids)
+        writer.flush()
+        assert ids.size / (time.process_time() - began) > 1e6
+
+
+def test_a_part_is_on_disk_before_it_is_whole(tmp_path: Path) -> None:
+    """Memory holds a row group, not a part; rows of an unfinished part are not yet tokens of the trace."""
+    model = tiny_model()
+    ids = clustered_routing(model, GROUP_ROWS)
+    with TraceWriter(tmp_path / "t", model, weights=False, part_rows=1 << 20) as writer:
+        writer.append(ids)
+        assert not list((tmp_path / "t").glob("part-*"))
+        assert next((tmp_path / "t").glob(".part-*.tmp")).stat().st_size > GROUP_ROWS / 2
+        assert writer.rows_written == 0
+        writer.append(ids[:5])
+    trace = load_trace(tmp_path / "t")
+    assert (len(trace.parts), pq.ParquetFile(trace.parts[0]).num_row_groups) == (1, 2)
+    np.testing.assert_array_equal(trace.experts(), np.concatenate([ids, ids[:5]]))
+
+
+def test_a_writer_that_failed_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    writer = TraceWriter(tmp_path / "t", model, weights=False, part_rows=10)
+    writer.append(clustered_routing(model, 10))
+    writer.append(clustered_routing(model, 5))
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        writer.flush()
+    monkeypatch.undo()
+    writer.close()
+    assert not list((tmp_path / "t").glob(".part-*"))
+    with pytest.raises(TraceError, match="closed, or writing to it has failed"):
+        writer.append(clustered_routing(model, 1))
+    with pytest.warns(UserWarning, match="no manifest"):
+        assert load_trace(tmp_path / "t").tokens == writer.rows_written == 10
 
 
 def test_ids_beyond_the_model_are_named(model: ModelSpec, make_trace: MakeTrace) -> None:

@@ -26,7 +26,7 @@ def forward_inputs(
     A cache that counts on the device gives `past` as a tensor, to be read later without a synchronisation; the number
     is then 1 for a single token and 0 otherwise. Raises nothing: a call without any tensor is (0, 0, 0, {}).
     """
-    named = dict(zip(names, args, strict=False)) | kwargs
+    named = dict(zip(names, args, strict=False)) | kwargs if args else kwargs
     tokens = _first(named, _TOKENS)
     hidden = _first(named, _HIDDEN)
     if tokens is None and hidden is None:

@@ -16,10 +16,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moesim.capture import compiled
 from moesim.capture.discover import Router
-from moesim.capture.gather import Kept, gather
+from moesim.capture.gather import Kept, gather, stacked
 from moesim.capture.hooks import place_hooks
 from moesim.capture.ring import Ring, WhenFull
-from moesim.capture.rows import RowBuffer
+from moesim.capture.rows import Pass, RowBuffer
 from moesim.capture.tokens import Forward
 from moesim.errors import CaptureError
 from moesim.trace import TraceWriter
@@ -66,17 +66,20 @@ class Recorder:
         owners = list(dict.fromkeys(router.owner for router in routers))
         self._owners = [model.get_submodule(path) for path in owners]
         self._groups = [[router for router in routers if router.owner == path] for path in owners]
-        self._where = [(owners.index(r.owner), self._groups[owners.index(r.owner)].index(r)) for r in routers]
+        places = [owners.index(router.owner) for router in routers]
+        # by router: its stack, its place there, how it is read
+        self._slots = [(stream, self._groups[stream].index(r), r.adapter.read) for stream, r in zip(places, routers, strict=True)]
         self._step, self._microbatch, self._by_hand, self._trained = 0, 0, False, False
         self._seen, self._steps_without = 0, 0
         self._ran: set[int] = set()
         self._open, self._prompt, self._stray, self._skipped = -1, 0, 0, 0
         self._forward: tuple[Forward, dict[str, Tensor]] | None = None
         self._kept: list[Kept] = []
+        self._weights = writer.info.weights
         self._root_tokens: Tensor | None = None
         self._root_needed = True
         self._closed, self._pid = False, os.getpid()
-        self._rows = RowBuffer(writer, [[router.layer for router in group] for group in self._groups])
+        self._rows = RowBuffer(writer, self._groups)
         self._ring = Ring(self._rows.add, self._flush, idle_s=writer.part_seconds, slots=ring_slots, when_full=when_full)
         number = next(_numbers)
         compiled.LISTENERS[number] = self
@@ -158,12 +161,12 @@ class Recorder:
     def see(self, slot: int, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """A router returned."""
         began = perf_counter()
-        stream, index = self._where[slot]
+        stream, index, read = self._slots[slot]
         if self._open != stream:
-            self.keep(slot, None, None)
+            self._outside()
         elif self._forward is not None:
             try:
-                ids, weights = self.routers[slot].adapter.read(module, inputs, output)
+                ids, weights = read(module, inputs, output)
             except (TypeError, ValueError, LookupError, AttributeError, CaptureError) as problem:
                 self._forward = None
                 self._fail(f"{self.routers[slot].name} cannot be read: {problem}")
@@ -171,15 +174,19 @@ class Recorder:
                 self._kept.append((index, ids, weights))
         self.overhead_s += perf_counter() - began
 
-    def keep(self, slot: int, ids: Tensor | None, weights: Tensor | None) -> None:
-        """A decision as read inside compiled code, or one outside a forward pass of the layers' owner."""
-        stream, index = self._where[slot]
+    def keep(self, slot: int, ids: Tensor, weights: Tensor | None) -> None:
+        """A router's decision, as read inside compiled code."""
+        stream, index, _ = self._slots[slot]
         if self._open != stream:
-            recomputes = _graph_task() != -1
-            self.recomputed += recomputes
-            self._stray += not recomputes
-        elif self._forward is not None and ids is not None:
+            self._outside()
+        elif self._forward is not None:
             self._kept.append((index, ids, weights))
+
+    def _outside(self) -> None:
+        """A router was called outside a forward pass of its owner."""
+        recomputes = _graph_task() != -1
+        self.recomputed += recomputes
+        self._stray += not recomputes
 
     def end(self, stream: int) -> None:
         """A stack of layers is done: hand over what its routers decided."""
@@ -190,20 +197,43 @@ class Recorder:
         self._forward, self._kept, self._root_tokens = None, [], None
         if forward is not None:
             try:
-                found, rows, silent = gather(self._groups[stream], kept, width=self.writer.info.top_k, weights=self.writer.info.weights)
-                self._refuse_silent(stream, silent, forward[0].training)
-                if self._ring.put(forward[0], {**forward[1], **found}):
-                    self.forwards += 1
-                    self.tokens += rows
+                self._hand_over(*forward, kept)
             except CaptureError as problem:
                 self._fail(str(problem))
+            except (TypeError, LookupError, AttributeError, RuntimeError) as problem:
+                kinds = ", ".join(dict.fromkeys(type(router.module).__name__ for router in self._groups[stream]))
+                self._fail(f"what {kinds} gave cannot be read: {problem}; adapt it with moesim.capture.register_router")
         self.overhead_s += perf_counter() - began
 
-    def _refuse_silent(self, stream: int, silent: list[int], training: bool) -> None:
+    def _hand_over(self, forward: Forward, tensors: dict[str, Tensor], kept: list[Kept]) -> None:
+        group = self._groups[forward.stream]
+        heard = {index for index, _, _ in kept}
+        if len(heard) < len(group):
+            self._refuse_silent([router for index, router in enumerate(group) if index not in heard], forward)
+        on_cpu, decided = True, []
+        for index, ids, weights in kept:
+            # the graph behind the weights must not live on; all of them here, where `detach` is cold only once
+            gates = weights.detach() if weights is not None and self._weights else None
+            decided.append((index, ids, gates))
+            on_cpu = on_cpu and ids.is_cpu and (gates is None or gates.is_cpu)
+        first = decided[0]
+        calls = [first] if len(kept) == len(heard) else [call for call in decided if call[0] == first[0]]
+        rows = sum([ids.numel() // ids.shape[-1] for _, ids, _ in calls])
+        if on_cpu:
+            # what a sliced tensor holds is all of its storage
+            size_B = len(decided) * sum([tensor.untyped_storage().nbytes() for tensor in first[1:] if tensor is not None])
+        else:
+            tensors |= stacked(gather(group, decided, width=self.writer.info.top_k, weights=self._weights))
+            decided, size_B = [], sum(tensor.nbytes for tensor in tensors.values())
+        if self._ring.put(Pass(forward, rows, size_B, decided), tensors, size_B):
+            self.forwards += 1
+            self.tokens += rows
+
+    def _refuse_silent(self, silent: list[Router], forward: Forward) -> None:
         """Every layer must have fired, unless the model drops whole layers in training."""
-        if silent and not (training and getattr(self._owners[stream], "layerdrop", 0) > 0):
-            routers = [self._groups[stream][index] for index in silent]
-            names = "; ".join(f"layer {router.layer} never fired ({router.name}, {type(router.module).__name__})" for router in routers)
+        drops = forward.training and getattr(self._owners[forward.stream], "layerdrop", 0) > 0
+        if not drops or len(silent) == len(self._groups[forward.stream]):
+            names = "; ".join(f"layer {router.layer} never fired ({router.name}, {type(router.module).__name__})" for router in silent)
             raise CaptureError(
                 f"{names}: these layers run without calling their router (a fused kernel, a replaced forward); "
                 "switch that off, or register the module that does decide"
@@ -220,7 +250,8 @@ class Recorder:
 
     def _check(self) -> None:
         if self._ring.failure is not None and self.error is None:
-            self._fail(f"{self.writer.path}: routing cannot be written: {self._ring.failure}")
+            problem = self._ring.failure
+            self._fail(str(problem) if isinstance(problem, CaptureError) else f"{self.writer.path}: routing cannot be written: {problem}")
 
     def _fail(self, message: str) -> None:
         """Stop capturing; raise once, or warn once."""

@@ -10,29 +10,29 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 WhenFull = Literal["block", "drop"]
-Held = Tensor | list[Tensor | None]  # a list holds CPU tensors only
-Consume = Callable[[Any, dict[str, Any]], None]  # label, arrays (or lists of arrays) by name
-LOOK_S = 0.5
+Arrays = dict[str, NDArray[Any]]
+LOOK_S = 2.0
 
 
 class Ring:
     """Bounded hand-over to one thread that calls `consume(label, arrays)`, and `flush()` after the first pass, when idle and at the end.
 
-    The thread looks twice a second, and at once when the ring is half full: waking it for every pass would stop
-    the producer as often, for both need the interpreter lock. `put` blocks or drops when `slots` passes wait. After the
-    first failure (kept in `failure`) everything is discarded, so that the producer never hangs; the producer decides
-    how to raise it.
+    The thread looks every two seconds (sooner if `idle_s` is less), and at once for the first pass and when the ring is
+    half full: waking it for every pass would stop the producer as often, for both need the interpreter lock. `put`
+    blocks or drops when `slots` passes wait. After the first failure (kept in `failure`) everything is discarded, so
+    that the producer never hangs; the producer decides how to raise it.
     """
 
-    def __init__(self, consume: Consume, flush: Callable[[], None], *, idle_s: float, slots: int, when_full: WhenFull) -> None:
+    def __init__(self, consume: Callable[[Any, Arrays], None], flush: Callable[[], None], *, idle_s: float, slots: int, when_full: WhenFull) -> None:
         self.failure: BaseException | None = None
         self.dropped = 0
         self.writer_s = 0.0  # CPU time of the writer thread
@@ -43,22 +43,24 @@ class Ring:
         for _ in range(slots):
             self._free.put(_Slot())
         self._full: deque[_Slot] = deque()
-        self._half, self._stop, self._wake = max(1, slots // 2), False, threading.Event()
+        self._half, self._enough = max(1, slots // 2), 1  # passes that wake the thread
+        self._stop, self._wake = False, threading.Event()
         self._thread = threading.Thread(target=self._run, name="moesim-capture", daemon=True)
         self._thread.start()
 
-    def put(self, label: Any, tensors: dict[str, Held]) -> bool:
-        """Hand over one pass; False when it was dropped because the ring is full or has failed."""
+    def put(self, label: Any, tensors: Mapping[str, Tensor], size_B: int) -> bool:
+        """Hand over one pass that holds `size_B`; False when it was dropped because the ring is full or has failed."""
         try:
             slot = self._free.get(block=self._when_full == "block" and self.failure is None)
         except queue.Empty:
             self.dropped += 1
             return False
-        slot.load(label, tensors)
-        self._put_B += slot.size_B
-        self.peak_B = max(self.peak_B, self._put_B - self._done_B)
+        slot.load(label, tensors, size_B)
+        self._put_B += size_B
+        if (waiting_B := self._put_B - self._done_B) > self.peak_B:
+            self.peak_B = waiting_B
         self._full.append(slot)
-        if len(self._full) >= self._half:
+        if len(self._full) >= self._enough:
             self._wake.set()
         return True
 
@@ -69,9 +71,10 @@ class Ring:
         self._thread.join()
 
     def _run(self) -> None:
-        first, last = True, time.monotonic()
+        look_s, last = min(LOOK_S, max(self._idle_s, 0.05)), time.monotonic()
+        first = True
         while not (self._stop and not self._full):
-            self._wake.wait(LOOK_S)
+            self._wake.wait(look_s)
             self._wake.clear()
             began = time.thread_time()
             if self._full:
@@ -83,7 +86,8 @@ class Ring:
                     self._free.put(slot)
                 if first:  # an early part: the trace opens from here on, and a full disk is found out now
                     self._guard(self._flush)
-                first, last = False, time.monotonic()
+                    first, self._enough = False, self._half
+                last = time.monotonic()
             elif time.monotonic() - last > self._idle_s:  # a run that stands still gets its tokens to disk too
                 self._guard(self._flush)
                 last = time.monotonic()
@@ -107,19 +111,19 @@ class _Slot:
     """Room for the tensors of one pass. Pinned buffers grow to the next power of two and stay."""
 
     def __init__(self) -> None:
-        self.label: Any = None
         self.size_B = 0
-        self._held: dict[str, Held] = {}
+        self.label: Any = None
+        self._held: dict[str, Tensor] = {}
         self._pinned: dict[str, Tensor] = {}
         self._sides: dict[torch.device, torch.cuda.Stream] = {}
         self._done: list[torch.cuda.Event] = []
 
-    def load(self, label: Any, tensors: dict[str, Held]) -> None:
-        self.label = label
-        every = (t for held in tensors.values() for t in (held if isinstance(held, list) else (held,)))
-        self.size_B = sum(t.numel() * t.element_size() for t in every if t is not None)
-        self._held = {name: self._to_host(name, t) if isinstance(t, Tensor) and t.is_cuda else t for name, t in tensors.items()}
-        self._done = [side.record_event() for side in self._sides.values()]
+    def load(self, label: Any, tensors: Mapping[str, Tensor], size_B: int) -> None:
+        self.label, self.size_B = label, size_B
+        for name, tensor in tensors.items():
+            self._held[name] = self._to_host(name, tensor) if tensor.is_cuda else tensor
+        if self._sides:
+            self._done = [side.record_event() for side in self._sides.values()]
 
     def _to_host(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.device not in self._sides:
@@ -136,20 +140,12 @@ class _Slot:
             tensor.record_stream(side)
         return host
 
-    def arrays(self) -> dict[str, Any]:
+    def arrays(self) -> Arrays:
         """The tensors as arrays that stay valid after the slot is used again."""
         for event in self._done:
             event.synchronize()
-        return {name: self._array(name, held) for name, held in self._held.items()}
-
-    def _array(self, name: str, held: Held) -> Any:
-        if isinstance(held, list):
-            return [None if t is None else _numpy(t) for t in held]
-        return np.array(held.numpy(), copy=name in self._pinned)
+        return {name: np.array(held.numpy(), copy=name in self._pinned) for name, held in self._held.items()}
 
     def clear(self) -> None:
+        """Let go of everything but the pinned buffers."""
         self.label, self._held, self._done = None, {}, []
-
-
-def _numpy(tensor: Tensor) -> Any:
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # numpy has no bfloat16

@@ -1,6 +1,6 @@
 """RowBuffer: joins many small forward passes into few large appends.
 
-A pass waits as it came over (references on the CPU, private copies from a GPU); nothing is converted before many passes
+A pass waits as it came over (references on the CPU, private copies from a GPU); nothing is looked at before many passes
 can be converted in a row, while the code is warm. Shapes: R rows of one pass, T rows of all that wait.
 """
 
@@ -8,80 +8,99 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from moesim.capture.discover import Router
+from moesim.capture.gather import Kept, Layers, gather
 from moesim.capture.tokens import Forward, Sequences, token_columns
 from moesim.trace import NO_EXPERT, Coded, TraceWriter
 
 _KINDS = {"experts": (np.uint16, NO_EXPERT), "weights": (np.float16, 0)}
-MOST_ROWS, MOST_B, MOST_S = 1 << 14, 1 << 24, 2.0
+MOST_ROWS, MOST_B = 1 << 14, 1 << 24
+
+
+class Pass(NamedTuple):
+    """One forward pass: R rows, the bytes that waiting for it holds, and what its routers decided where that is still on the CPU."""
+
+    forward: Forward
+    rows: int
+    size_B: int
+    kept: Sequence[Kept] = ()
 
 
 class RowBuffer:
-    """Passes on their way to `writer`, at most a quarter of a part, 16,384 rows, 16 MiB or two seconds of them.
+    """Passes on their way to `writer`, at most a quarter of a part (in rows or seconds), 16,384 rows or 16 MiB of them.
 
-    `layers` gives the MoE layers of each stack of layers; a stack that lacks layers of the trace writes no selection there.
+    `groups` are the routers of each stack of layers; a stack that lacks layers of the trace writes no selection there.
     `unmatched` counts passes whose rows could not be matched to tokens.
     """
 
-    def __init__(self, writer: TraceWriter, layers: Sequence[Sequence[int]]) -> None:
+    def __init__(self, writer: TraceWriter, groups: Sequence[Sequence[Router]]) -> None:
         self.unmatched = 0
-        self._writer, self._layers = writer, layers
-        self._most = min(MOST_ROWS, max(1, writer.part_rows // 4))
+        self._writer, self._groups = writer, groups
+        self._most_rows, self._most_s = min(MOST_ROWS, max(1, writer.part_rows // 4)), writer.part_seconds / 4
         self._sequences = Sequences()
-        self._passes: list[tuple[Forward, int, dict[str, Any]]] = []
+        self._passes: list[tuple[Pass, dict[str, NDArray[Any]]]] = []
         self._rows, self._size_B, self._since = 0, 0, 0.0
 
-    def add(self, forward: Forward, arrays: dict[str, Any]) -> None:
-        """Take one pass: `experts` and perhaps `weights`, L arrays [R, K] or None where a router was silent; the rest as `token_columns` takes it."""
+    def add(self, one: Pass, arrays: dict[str, NDArray[Any]]) -> None:
+        """Take one pass; `arrays` are as `token_columns` takes them, with `experts` and perhaps `weights` [L, R, K] if nothing was kept."""
         if not self._passes:
             self._since = time.monotonic()
-        heard = [array for what in _KINDS for array in arrays.get(what, ()) if array is not None]
-        self._passes.append((forward, len(heard[0]), arrays))
-        self._rows += len(heard[0])
-        self._size_B += sum(_held_B(array) for array in heard)
-        if self._rows >= self._most or self._size_B >= MOST_B or time.monotonic() - self._since > MOST_S:
+        self._passes.append((one, arrays))
+        self._rows += one.rows
+        self._size_B += one.size_B
+        if self._rows >= self._most_rows or self._size_B >= MOST_B or time.monotonic() - self._since > self._most_s:
             self.flush()
 
     def flush(self) -> None:
-        """Append what has gathered to the writer."""
+        """Append what has gathered to the writer. Raises CaptureError where a router's decision does not fit the trace."""
         passes, self._passes = self._passes, []
         total, self._rows, self._size_B = self._rows, 0, 0
         if not passes:
             return
-        sizes = [rows for _, rows, _ in passes]
-        lists = {what: self._filled(what, passes, total) for what in _KINDS if what in passes[0][2]}
+        decided: list[tuple[Pass, Any]] = [(one, self._decided(one) if one.kept else arrays) for one, arrays in passes]
         columns = []
-        for forward, rows, arrays in passes:
-            found, matched = token_columns(forward, arrays, rows, self._sequences)
+        for one, arrays in passes:
+            found, matched = token_columns(one.forward, arrays, one.rows, self._sequences)
             self.unmatched += not matched
             columns.append(found)
+        sizes = [one.rows for one, _ in passes]
         joined = {name: _joined([found[name] for found in columns], sizes) for name in columns[0]}
-        self._writer.append(lists["experts"], weights=lists.get("weights"), **joined)
+        gates = self._filled("weights", decided, total) if self._writer.info.weights else None
+        self._writer.append(self._filled("experts", decided, total), weights=gates, **joined)
 
-    def _filled(self, what: str, passes: Sequence[tuple[Forward, int, dict[str, Any]]], total: int) -> dict[int, NDArray[Any]]:
+    def _decided(self, one: Pass) -> Layers:
+        info = self._writer.info
+        return gather(self._groups[one.forward.stream], one.kept, width=info.top_k, weights=info.weights)
+
+    def _filled(self, what: str, decided: Sequence[tuple[Pass, Any]], total: int) -> dict[int, NDArray[Any]]:
         """By layer [T, K]: every pass converted straight into its rows."""
         kind, filler = _KINDS[what]
         layers = self._writer.info.model.moe_layers
         room = np.empty((len(layers), total, self._writer.info.top_k), kind)
         by_layer = dict(zip(layers, room, strict=True))
         begin = 0
-        for forward, rows, arrays in passes:
-            own = self._layers[forward.stream]
-            if len(own) < len(layers):  # the others are of other stacks
-                room[:, begin : begin + rows] = filler
-            for layer, values in zip(own, arrays[what], strict=True):
-                by_layer[layer][begin : begin + rows] = filler if values is None else values  # cast as C does: -1 becomes 65535
-            begin += rows
+        for one, layered in decided:
+            group, end = self._groups[one.forward.stream], begin + one.rows
+            if len(group) < len(layers):  # the others are of other stacks
+                room[:, begin:end] = filler
+            for router, values in zip(group, layered[what], strict=True):
+                by_layer[router.layer][begin:end] = filler if values is None else _numpy(values)  # cast as C does: -1 becomes 65535
+            begin = end
         return by_layer
 
 
-def _held_B(array: NDArray[Any]) -> int:
-    """Bytes that waiting for `array` holds; a view of something larger holds all of it."""
-    return max(array.nbytes, abs(array.strides[0]) * len(array)) if array.ndim else array.nbytes
+def _numpy(values: Tensor | NDArray[Any]) -> NDArray[Any]:
+    if not isinstance(values, Tensor):
+        return values
+    array: NDArray[Any] = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # numpy has no bfloat16
+    return array
 
 
 def _joined(values: Sequence[Any], sizes: Sequence[int]) -> Any:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pandas  # noqa: F401 - pyarrow loads both when it first writes: better now than in the first step
+import pandas  # noqa: F401 - pyarrow loads these when it first writes: better now than in the first step
+import pyarrow.pandas_compat
 import pyarrow.parquet  # noqa: F401
 import torch
 from torch import nn

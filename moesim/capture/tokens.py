@@ -6,17 +6,18 @@ Shapes: B sequences of S tokens this forward, R router rows (= B·S unless the m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Forward:
-    """Facts of one forward pass known on the host when it begins. `prompt` numbers passes that start new sequences."""
+class Forward(NamedTuple):
+    """Facts of one forward pass known on the host when it begins. `prompt` numbers passes that start new sequences.
+
+    A tuple, for one is made in every forward pass of the user's model: a frozen dataclass takes ten times as long.
+    """
 
     stream: int
     step: int

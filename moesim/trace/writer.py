@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ from moesim.errors import OutputExists, TraceError
 from moesim.files import write_json
 from moesim.model import ModelSpec
 from moesim.trace.schema import FORMAT_VERSION, MANIFEST, NO_EXPERT, PHASES, TraceInfo, arrow_schema
+
+GROUP_ROWS = 1 << 15  # tokens encoded at once: few enough to hold in memory, many enough to compress and to skip layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,10 @@ class TraceWriter:
         self.rank, self.part_rows, self.part_seconds = rank, part_rows, part_seconds
         self.rows_written = 0
         self._schema = arrow_schema(self.info)
-        self._pending: list[Any] = []
-        self._pending_rows, self._parts = 0, 0
-        self._digests: dict[str, str] = {}
+        self._pending: list[Any] = []  # record batches on their way into the open part
+        self._pending_rows = 0
+        self._part: _Part | None = None
+        self._digests: dict[str, str] = {}  # of the parts that are done, by name
         self._last_flush = time.monotonic()
         self._closed = False
         self._claim(run)
@@ -101,6 +105,8 @@ class TraceWriter:
         """
         import pyarrow as pa
 
+        if self._closed:
+            raise TraceError(f"{self.path}: this trace is closed, or writing to it has failed; write to another path")
         layers = self.info.model.moe_layers
         chosen = self._per_layer(experts, "experts")
         rows = len(chosen[0])
@@ -118,8 +124,11 @@ class TraceWriter:
             columns += [self._list(np.asarray(w, np.float16), rows) for w in self._per_layer(weights, "weights")]
         self._pending.append(pa.record_batch(columns, schema=self._schema))
         self._pending_rows += rows
-        if self._pending_rows >= self.part_rows or time.monotonic() - self._last_flush >= self.part_seconds:
+        held = self._pending_rows + (self._part.rows if self._part else 0)
+        if held >= self.part_rows or time.monotonic() - self._last_flush >= self.part_seconds:
             self.flush()
+        elif self._pending_rows >= GROUP_ROWS:
+            self._write_group()
 
     def _per_layer(self, values: Mapping[int, NDArray[Any]] | NDArray[Any], what: str) -> list[NDArray[Any]]:
         layers, width = self.info.model.moe_layers, self.info.top_k
@@ -160,41 +169,36 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Make what has gathered durable, as one part."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self._last_flush = time.monotonic()
+        self._write_group()
+        if self._part is None:
+            return
+        name = f"part-{self.rank:05d}-{len(self._digests):06d}.parquet"
+        with self._or_abandon():
+            self._digests[name] = self._part.finish(self.path / name)
+        self.rows_written += self._part.rows
+        self._part = None
+
+    def _write_group(self) -> None:
+        """Move what is pending into the open part: a part is held by the disk, not by memory."""
         if not self._pending:
             return
-        name = f"part-{self.rank:05d}-{self._parts:06d}.parquet"
-        table = pa.Table.from_batches(self._pending).unify_dictionaries()
-        leaves = [f"{name}.list.element" if name.startswith(("experts_", "weights_")) else name for name in self._schema.names]
-        ids = [leaf for leaf in leaves if leaf.startswith("experts_")]
-        temporary = self.path / f".{name}.tmp"
+        batches, self._pending, self._pending_rows = self._pending, [], 0
+        with self._or_abandon():
+            if self._part is None:
+                self._part = _Part(self.path / f".part-{self.rank:05d}-{len(self._digests):06d}.parquet.tmp", self._schema)
+            self._part.write(batches)
+
+    @contextmanager
+    def _or_abandon(self) -> Iterator[None]:
+        """After a failure (a full disk) nothing more is written: no half part fills the disk, no manifest claims that all is here."""
         try:
-            with temporary.open("wb") as raw:
-                stream = _Hashing(raw)
-                pq.write_table(
-                    table,
-                    stream,
-                    compression="zstd",
-                    # ids: bytes split by significance, which zstd's entropy coder takes below a dictionary's ceil(log2 E) bits;
-                    # weights stay plain, for DuckDB cannot read split bytes of 16-bit floats
-                    use_dictionary=[leaf for leaf in leaves if not leaf.endswith(".list.element")],
-                    column_encoding=dict.fromkeys(ids, "BYTE_STREAM_SPLIT"),
-                    write_statistics=False,
-                    row_group_size=1 << 17,
-                )
-                raw.flush()
-                os.fsync(raw.fileno())
-            temporary.rename(self.path / name)
-        except OSError:
-            temporary.unlink(missing_ok=True)  # a full disk: leave no half part to fill it
+            yield
+        except BaseException:
+            self._closed = True
+            if self._part is not None:
+                self._part.abandon()
             raise
-        self._digests[name] = stream.hexdigest()
-        self._parts += 1
-        self.rows_written += table.num_rows
-        self._pending, self._pending_rows = [], 0
 
     def close(self, **notes: Any) -> None:
         """Flush and write the manifest; `notes` (for example counts of dropped steps) go into it."""
@@ -219,35 +223,53 @@ class TraceWriter:
         self.close(**({"interrupted": kind.__name__} if kind else {}))
 
 
-class _Hashing:
-    """A write-only stream that names what went through it."""
+class _Part:
+    """A Parquet file in the making, under a temporary name. No Python runs while it is encoded and written."""
 
-    def __init__(self, raw: Any) -> None:
-        self._raw, self._sum, self.closed = raw, hashlib.sha256(), False
+    def __init__(self, temporary: Path, schema: Any) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-    def write(self, data: Any) -> int:
-        self._sum.update(data)
-        return int(self._raw.write(data))
+        leaves = [f"{name}.list.element" if name.startswith(("experts_", "weights_")) else name for name in schema.names]
+        self.rows = 0
+        self._temporary = temporary
+        self._sink = pa.OSFile(str(temporary), "wb")
+        self._file = pq.ParquetWriter(
+            self._sink,
+            schema,
+            compression="zstd",
+            # ids: bytes split by significance, which zstd's entropy coder takes below a dictionary's ceil(log2 E) bits;
+            # weights stay plain, for DuckDB cannot read split bytes of 16-bit floats
+            use_dictionary=[leaf for leaf in leaves if not leaf.endswith(".list.element")],
+            column_encoding={leaf: "BYTE_STREAM_SPLIT" for leaf in leaves if leaf.startswith("experts_")},
+            write_statistics=False,
+        )
 
-    def tell(self) -> int:
-        return int(self._raw.tell())
+    def write(self, batches: Sequence[Any]) -> None:
+        """Add record batches, as row groups."""
+        import pyarrow as pa
 
-    def flush(self) -> None:
-        self._raw.flush()
+        table = pa.Table.from_batches(batches).unify_dictionaries()
+        self._file.write_table(table, row_group_size=GROUP_ROWS)
+        self.rows += table.num_rows
 
-    def close(self) -> None: ...
+    def finish(self, path: Path) -> str:
+        """Close, sync and give it its name; returns its SHA-256."""
+        self._file.close()
+        self._sink.close()
+        with self._temporary.open("rb") as written:
+            os.fsync(written.fileno())
+            checksum = hashlib.file_digest(written, "sha256").hexdigest()
+        self._temporary.rename(path)
+        return checksum
 
-    def readable(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return False
-
-    def hexdigest(self) -> str:
-        return self._sum.hexdigest()
+    def abandon(self) -> None:
+        """Remove what was written."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._sink.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def _coded(value: Column, rows: int) -> Coded:
