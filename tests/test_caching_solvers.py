@@ -119,6 +119,51 @@ def test_nothing_is_sure_of_one_part_or_of_noise() -> None:
     assert lower_bound(np.array([1.0, 1.0, 1.0]), 2.0) == 1
 
 
+def test_what_the_past_taught_is_forgotten_where_routing_changed() -> None:
+    """Experts that were hot give way to others: pins learnt from all steps would lose, so the last ones teach, and the answer says so."""
+    rng = np.random.default_rng(0)
+    share = 1 / np.arange(1, 17) ** 1.5
+    old, new = (np.stack([rng.permutation(16) for _ in range(3)]) for _ in range(2))
+
+    def routing(names: np.ndarray, tokens: int) -> np.ndarray:
+        drawn = rng.choice(16, size=(tokens, 3), p=share / share.sum())
+        return np.stack([names[layer, drawn[:, layer]] for layer in range(3)], axis=1)[:, :, None].astype(np.uint16)
+
+    steady = plan_cache(cache_problem_of(routing(new, 1600), MODEL), solver="pin-set")
+    changed = plan_cache(cache_problem_of(np.concatenate([routing(old, 1400), routing(new, 200)]), MODEL), solver="pin-set")
+    later = cache_problem_of(routing(new, 800), MODEL)
+    equal_slots = plan_cache(later, solver="equal-slots").plan
+    assert None not in (steady.plan, changed.plan, equal_slots)
+    assert steady.notes["learnt_steps"] == 1600
+    assert "remark" not in steady.notes
+    assert changed.notes["learnt_steps"] < 1600
+    assert "remark" in changed.notes
+    assert score_cache(later, steady.plan).miss_ratio < score_cache(later, equal_slots).miss_ratio
+    assert score_cache(later, changed.plan).miss_ratio <= score_cache(later, equal_slots).miss_ratio
+
+
+@pytest.mark.parametrize("solver", registered_solvers())
+@pytest.mark.parametrize(("tokens", "memory"), [(1, "50%"), (1, 1e30), (200, 1e30), (200, "500%")])
+def test_one_token_and_more_memory_than_experts_are_answered(solver: str, tokens: int, memory: float | str) -> None:
+    problem = cache_problem_of(clustered_routing(MODEL, 200)[:tokens], MODEL, memory=memory)
+    found = plan_cache(problem, solver=solver)
+    assert found.plan is not None
+    assert (found.plan.slots_LG <= problem.held_LG).all()
+    if memory != "50%":
+        assert (found.plan.slots_LG == problem.held_LG).all()
+
+
+def test_a_model_of_one_expert_and_a_trace_of_nothing() -> None:
+    one = tiny_model(experts=1, top_k=1)
+    for solver in registered_solvers():
+        found = plan_cache(cache_problem_of(np.zeros((20, 3, 1), np.uint16), one, memory="100%"), solver=solver).plan
+        assert found is not None
+        assert found.slots_LG.tolist() == [[1], [1], [1]]
+        empty = plan_cache(cache_problem_of(np.zeros((0, 3, 1), np.uint16), one, memory="100%"), solver=solver)
+        assert (empty.plan, empty.status) == (None, Status.INFEASIBLE)
+        assert "no tokens to learn from" in str(empty.notes["reason"])
+
+
 # -- the problem ------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +226,8 @@ def test_bad_problems_are_named() -> None:
         "prefetcher 'magic'": {"prefetcher": "magic"},
         "recall": {"prefetcher": "oracle", "recall": 2.0},
         "bits": {"bits": (8.0, 16.0)},
+        "most_loss": {"most_loss": float("nan")},
+        "tokens_per_device": {"tokens_per_device": 0},
         "give bytes >= 0 for each of 1 devices": {"budget_B_G": np.array([np.nan])},
     }.items():
         with pytest.raises(InputError, match=message):

@@ -6,12 +6,12 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError, TraceError
 from moesim.replay import EVICT, LOAD, Affinity, All, Caches, Events, Oracle, Path, PreGated, Residual, miss_curves, policies, replay
-from moesim.replay.policy import LfuAged, PinnedLru, Static
+from moesim.replay.policy import LfuAged, NextUse, PinnedLru, S3Fifo, Static, WTinyLfu
 from moesim.testing import MODEL, clustered_routing
 from moesim.testing.policies import random_events
 from moesim.trace import TraceStats
@@ -108,6 +108,21 @@ def test_curves_are_replays_of_every_size_and_never_rise(events, policy, scope, 
     assert miss_curves(events, policy, slots_C=[2, 0, 99], scope=scope, warm=warm).tolist() == curves[:, [2, 0, ids]].tolist()
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 4, 16, 64]), st.sampled_from(["layer", "model"]))
+@settings(max_examples=40)
+def test_lru_curves_of_any_step_width_are_replays(seed, width, scope):
+    """Events that vary in size: tokens in steps of about `width`, now and then a wide step as of prefill, skewed or even."""
+    rng = np.random.default_rng(seed)
+    experts, tokens = int(rng.integers(1, 150)), int(rng.integers(1, 20 * width))
+    heat_LE = rng.random() * 4 * rng.normal(size=(2, experts))
+    ids_TLK = np.argsort(-(heat_LE + rng.gumbel(size=(tokens, 2, experts))), axis=2)[:, :, : int(rng.integers(1, 9))].astype(np.uint16)
+    long_S = np.where(rng.random(tokens) < 0.1, 16 * width, rng.integers(1, width + 1, tokens))
+    events = Events.from_experts(ids_TLK, experts=experts, step_T=np.repeat(np.arange(tokens), long_S)[:tokens])
+    sizes = np.unique(rng.integers(0, experts * (2 if scope == "model" else 1) + 1, 10))
+    each = [replay(events, "lru", int(slots), scope=scope).misses_L for slots in sizes]
+    assert miss_curves(events, "lru", slots_C=sizes, scope=scope).tolist() == np.stack(each, axis=1).tolist()
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "belady", "optimal"])
 def test_curves_of_wide_events(policy):
     """Long events of many experts, where sizes below and above the event differ most."""
@@ -149,6 +164,13 @@ def test_the_order_inside_events_is_the_seeds():
     hits = {replay(events, "fifo", 3, seed=seed).hits for seed in range(6)}
     assert len(hits) > 1
     assert replay(events, "fifo", 3, seed=2).summary()["tie_seed"] == 2
+
+
+@pytest.mark.parametrize("policy", ["next-use", "layer-distance"])
+def test_a_seed_keeps_layers_apart(policy):
+    """In a pool of all layers an id tells its layer, whatever the seed's order of experts."""
+    events = events_of([{0}] * 60, layers=6, experts=4)
+    assert {replay(events, policy, 4, scope="model", seed=seed).hits for seed in range(4)} == {replay(events, policy, 4, scope="model").hits}
 
 
 def test_replay_one_by_one_misses_more():
@@ -316,7 +338,7 @@ def test_an_event_larger_than_the_cache_streams_the_rest():
     ("options", "message"),
     [
         ({}, "give either slots, or capacity_B"),
-        ({"slots": -1}, "must be finite and >= 0"),
+        ({"slots": -1}, "must be finite, >= 0"),
         ({"slots": 1.5}, "must be one whole number or 2 of them"),
         ({"slots": [1, 2, 3]}, "must be one whole number or 2 of them"),
         ({"slots": 1, "scope": "node"}, "scope 'node' is unknown"),
@@ -327,6 +349,9 @@ def test_an_event_larger_than_the_cache_streams_the_rest():
         ({"capacity_B": 5, "size_LE": np.ones((1, 12))}, r"size_LE has shape \(1, 12\)"),
         ({"slots": 1, "resident": np.ones((2, 11), bool)}, r"resident has shape \(2, 11\)"),
         ({"slots": 1, "policy": Static(load_LE=np.ones((1, 12)))}, r"load_LE has shape \(1, 12\)"),
+        ({"slots": 1, "policy": Static(load_LE=np.full((2, 12), np.nan))}, "negative or non-finite loads"),
+        ({"slots": 1, "seed": -1}, r"seed\(=-1\) must be a whole number >= 0"),
+        ({"slots": 2**62}, "at most 2\\^60"),
     ],
 )
 def test_nonsense_is_refused(options, message):
@@ -335,8 +360,27 @@ def test_nonsense_is_refused(options, message):
 
 
 @pytest.mark.parametrize(
+    ("policy", "field"),
+    [(S3Fifo, "small"), (WTinyLfu, "window"), (WTinyLfu, "protected"), (NextUse, "fade"), (PinnedLru, "pinned"), (LfuAged, "period")],
+)
+@pytest.mark.parametrize("value", [-1.0, 7.5, float("nan")])
+def test_policies_refuse_settings_that_mean_nothing(policy, field, value):
+    with pytest.raises(InputError, match=rf"policy '{policy.name}': {field}\(="):
+        policy(**{field: value})
+
+
+def test_curves_refuse_nonsense():
+    for options, message in (({"slots_C": [-1]}, "whole numbers >= 0"), ({"slots_C": [1.5]}, "whole numbers"), ({"scope": "node"}, "scope 'node'")):
+        with pytest.raises(InputError, match=message):
+            miss_curves(random_events(0), "lru", **options)
+    with pytest.raises(InputError, match="non-finite loads"):
+        miss_curves(random_events(0), Static(load_LE=np.full((2, 12), np.nan)))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"experts_A": [0, 2**33]}, "more than int32 has room for"),
         ({"experts_A": [1, 0]}, "distinct and ascending"),
         ({"experts_A": [0, 9]}, "outside 0..3"),
         ({"experts_A": [0.0, 1.0]}, "whole numbers"),
@@ -353,6 +397,10 @@ def test_events_that_contradict_themselves_are_refused(changes, message):
         Events(**(right | changes))
     with pytest.raises(TraceError, match="outside 0..2"):
         Events.from_experts(np.full((1, 1, 1), 3, np.uint16), experts=3)
+    with pytest.raises(TraceError, match="step numbers are float64"):
+        Events.from_experts(np.zeros((2, 1, 1), np.uint16), experts=3, step_T=np.asarray([np.nan, 1]))
+    with pytest.raises(TraceError, match="give 0 <= first"):
+        random_events(0).part(0, 10**6)
     with pytest.raises(InputError, match="recall"):
         Oracle(recall=1.2)
 

@@ -28,7 +28,7 @@ from moesim.systems.residency import foreseeing
 from moesim.trace import Trace
 from moesim.units import human
 
-FORESEEING = ("belady", "optimal", "pinned-lru", "static")  # policies that know the very tokens they are judged on
+FORESEEING = ("belady", "lookahead", "optimal", "pinned-lru", "static")  # policies that know the very tokens they are judged on
 MOST_TOKENS = 1 << 18  # learnt from or judged on; more change a plan less than the choice of the tokens does
 PARTS = 16
 Floats = NDArray[np.float64]
@@ -78,6 +78,8 @@ class CacheProblem:
                 f"policy {self.policy!r} knows what will be asked for, so no plan can use it; take one of {', '.join(self.policies)} "
                 "(solver pin-set pins what was asked for most)"
             )
+        if not self.most_loss >= 0 or self.tokens_per_device < 1:
+            raise InputError(f"most_loss(={self.most_loss}) must be >= 0 and tokens_per_device(={self.tokens_per_device}) >= 1")
         load_policy(self.policy)
         foreseeing(self.prefetcher, self.distance, self.recall)
         if not (np.isfinite(self.budget_B_G).all() and (self.budget_B_G >= 0).all()) or len(self.budget_B_G) != placement.devices:
@@ -199,8 +201,8 @@ class CacheProblem:
     @property
     def slots_G(self) -> Ints:
         """Experts as served that fit each device's budget, over all layers, no more than it computes."""
-        fit_G = np.floor(self.budget_B_G / self.model.expert_B * (1 + 1e-12)).astype(np.int64)
-        return np.asarray(np.minimum(fit_G, self.held_LG.sum(axis=0)))
+        fit_G = np.floor(self.budget_B_G / self.model.expert_B * (1 + 1e-12))
+        return np.asarray(np.minimum(fit_G, self.held_LG.sum(axis=0)).astype(np.int64))
 
     @cached_property
     def tier_LE(self) -> NDArray[np.uint8]:
@@ -209,7 +211,7 @@ class CacheProblem:
         tiers = np.full(order.size, len(TIERS) - 1, np.uint8)
         first = 0
         for tier in self.tiers:
-            last = min(order.size, first + int(tier.capacity_B / self.model.expert_B * (1 + 1e-12)))
+            last = int(min(order.size, first + tier.capacity_B / self.model.expert_B * (1 + 1e-12)))
             tiers[order[first:last]] = TIERS.index(tier.name)
             first = last
         return tiers.reshape(self.asked_LE.shape)

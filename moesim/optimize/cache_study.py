@@ -34,7 +34,7 @@ def study_cache(
     plan = solution.plan
     assert plan is not None
     learn, judge = parts[0][2], parts[-1][2]
-    scored, notes = [], list(learn.notes)
+    scored, notes = [], [*learn.notes, *([str(solution.notes["remark"])] if "remark" in solution.notes else [])]
     base = plan_cache(learn, solver="equal-slots").plan
     for index, (label, kind, problem) in enumerate(parts):
         progress(index / (len(parts) + 2), f"scoring {label}")

@@ -48,10 +48,11 @@ class Caches:
         warm: bool = False,
         seed: int = 0,
     ) -> None:
-        if scope not in ("layer", "model"):
-            raise InputError(f"scope {scope!r} is unknown; use layer (a cache for each) or model (one pool)")
+        check_scope(scope)
         if (slots is None) == (capacity_B is None) or (size_LE is None) != (capacity_B is None):
             raise InputError("give either slots, or capacity_B together with size_LE")
+        if not (isinstance(seed, (int, np.integer)) and seed >= 0):
+            raise InputError(f"seed(={seed!r}) must be a whole number >= 0")
         self.policy = load_policy(policy) if isinstance(policy, str) else policy
         self.layers, self.experts, self.scope, self.warm, self.seed = layers, experts, scope, warm, seed
         caches = 1 if scope == "model" else layers
@@ -62,9 +63,11 @@ class Caches:
         if pinned_LE.shape != (layers, experts):
             raise InputError(f"resident has shape {pinned_LE.shape}, the model {layers} layers x {experts} experts")
         self._pinned_UX = pinned_LE.reshape(caches, -1).copy()
-        self._order_UX = (
-            None if seed == 0 else np.stack([np.random.default_rng((seed, u)).permutation(self._size_UX.shape[1]) for u in range(caches)])
-        )
+        self._order_UX = None
+        if seed != 0:  # inside layers: an id still tells its layer
+            order_LE = np.stack([np.random.default_rng((seed, layer)).permutation(experts) for layer in range(layers)])
+            base_L1 = np.arange(layers)[:, None] * (experts if scope == "model" else 0)
+            self._order_UX = (order_LE + base_L1).reshape(caches, -1)
         self._made: list[tuple[Any, Any, Any, int]] = []  # (kernel, state, cache, capacity) of each cache, once there are events
         self._notes: tuple[str, ...] = ()
 
@@ -151,10 +154,8 @@ class Caches:
             given = getattr(self.policy, "load_LE", None)
             if given is None:
                 self._notes = (_SAME.format(policy=self.policy.name),)
-            elif given.shape != (self.layers, self.experts):
-                raise InputError(
-                    f"policy {self.policy.name!r}: load_LE has shape {given.shape}, the model {self.layers} layers x {self.experts} experts"
-                )
+            else:
+                check_load(self.policy.name, given, self.layers, self.experts)
             heat_UX = load_UX if given is None else np.asarray(given).reshape(len(feeds), -1)
             for u, feed_pins in enumerate(self._pinned_UX):
                 pin_hottest(feed_pins, heat_UX[u], self._size_UX[u], int(share * self._room_U[u]))
@@ -204,6 +205,20 @@ def replay(
     return caches.replay(events, prefetcher=prefetcher, log=log)
 
 
+def check_scope(scope: str) -> None:
+    """Raise InputError when caches cannot be shared like that."""
+    if scope not in ("layer", "model"):
+        raise InputError(f"scope {scope!r} is unknown; use layer (a cache for each) or model (one pool)")
+
+
+def check_load(policy: str, load_LE: NDArray[np.number], layers: int, experts: int) -> None:
+    """Raise InputError when loads that a policy pins by are of another model, or no loads."""
+    if load_LE.shape != (layers, experts):
+        raise InputError(f"policy {policy!r}: load_LE has shape {load_LE.shape}, the model {layers} layers x {experts} experts")
+    if not (np.isfinite(load_LE).all() and (load_LE >= 0).all()):
+        raise InputError(f"policy {policy!r}: load_LE holds negative or non-finite loads")
+
+
 def pin_hottest(pinned_X: NDArray[np.bool_], heat_X: NDArray[np.number], size_X: NDArray[np.int64], room: int) -> None:
     """Pin further experts while they fit into `room` with those pinned: most accesses per size first, of equals the lower id."""
     left = room - int(size_X[pinned_X].sum())
@@ -218,7 +233,7 @@ def _rooms(name: str, room: float | NDArray[np.number], caches: int) -> NDArray[
     if values.dtype.kind not in ("iuf" if name == "capacity_B" else "iu") or values.ndim != 1 or len(values) not in (1, caches):
         raise InputError(f"{name} must be one {'' if name == 'capacity_B' else 'whole '}number or {caches} of them, got {room!r}")
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1 << 60:
-        raise InputError(f"{name}(={room!r}) must be finite and >= 0")
+        raise InputError(f"{name}(={room!r}) must be finite, >= 0 and at most 2^60")
     return np.broadcast_to(np.floor(values).astype(np.int64), caches)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import InputError
-from moesim.replay.caches import Caches, Scope
+from moesim.replay.caches import Caches, Scope, check_load, check_scope
 from moesim.replay.events import Events
 from moesim.replay.policy import Compiled, Policy, load_policy
 
@@ -30,8 +30,9 @@ def miss_curves(
     """miss_LC: misses of each layer when every cache (scope "model": the one pool) has `slots_C` slots; 0, 1, …, all by default.
 
     Equal to a replay for each size. Policies in `ONE_PASS` walk the events once, others once per size.
-    Raises InputError for sizes that are not whole numbers >= 0.
+    Raises InputError for sizes that are not whole numbers >= 0 and for an unknown scope.
     """
+    check_scope(scope)
     ids = events.experts if scope == "layer" else events.layers * events.experts
     sizes = np.arange(ids + 1) if slots_C is None else np.atleast_1d(np.asarray(slots_C))
     if sizes.ndim != 1 or sizes.dtype.kind not in "iu" or (len(sizes) and sizes.min() < 0):
@@ -53,18 +54,12 @@ def miss_curves(
     layers = [np.flatnonzero(events.layer_N == layer) for layer in range(events.layers)]
     for event_M in layers if scope == "layer" else [np.arange(len(events))]:
         if rule.name == "lru":
-            size_M = np.diff(events.starts_N)[event_M]
-            most = int(size_M.max(initial=0))
-            ranks.recency_ranks(id_A, events.starts_N, event_M, ids, found_LD, events.layer_N)
-            found_LD[np.unique(events.layer_N[event_M]), : most + 1] = 0  # smaller caches follow another rule
-            if most <= ranks.WIDEST and np.isin(size_M, (0, most)).all():
-                ranks.overflow_depths(id_A, events.starts_N, event_M, ids, most, found_LD, events.layer_N)
-            else:
-                stack.lru(id_A, events.starts_N, event_M, next_A, ids, most, found_LD, events.layer_N)
+            ranks.lru_depths(id_A, events.starts_N, event_M, ids, found_LD, events.layer_N)
             continue
         if len(next_A):
             next_uses(id_A, events.starts_N, event_M, np.full(ids, NEVER), next_A)
         getattr(stack, rule.name)(id_A, events.starts_N, event_M, next_A, ids, ids, found_LD, events.layer_N)
+    found_LD[:, 0] = 0
     if warm:
         _, first_A = np.unique(events.layer_A * np.int64(events.experts) + events.experts_A, return_index=True)
         for group in (
@@ -78,8 +73,8 @@ def miss_curves(
 def _static(events: Events, rule: Policy | Compiled, sizes: NDArray[np.integer], scope: Scope) -> NDArray[np.int64]:
     given = getattr(rule, "load_LE", None)
     load_LE = events.load_LE
-    if given is not None and given.shape != load_LE.shape:
-        raise InputError(f"policy 'static': load_LE has shape {given.shape}, the model {load_LE.shape}")
+    if given is not None:
+        check_load(rule.name, given, events.layers, events.experts)
     heat = (load_LE if given is None else np.asarray(given)).reshape(1 if scope == "model" else events.layers, -1)
     rank = np.argsort(np.argsort(-heat, axis=1, kind="stable"), axis=1, kind="stable").reshape(load_LE.shape)
     found_LD = np.zeros((events.layers, heat.shape[1] + 1), np.int64)

@@ -45,6 +45,8 @@ class Events:
             values = np.array(getattr(self, name))
             if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
                 raise TraceError(f"events: {name} must be one row of whole numbers, got {values.dtype} of shape {values.shape}")
+            if values.size and not np.iinfo(kind).min <= values.min() <= values.max() <= np.iinfo(kind).max:
+                raise TraceError(f"events: {name} holds {values.min()}..{values.max()}, more than {np.dtype(kind)} has room for")
             values = values.astype(kind)
             values.flags.writeable = False
             object.__setattr__(self, name, values)
@@ -110,8 +112,8 @@ class Events:
             first_S = np.arange(0, tokens, tokens_per_step)
             number_S: NDArray[np.integer] = np.arange(len(first_S))
         else:
-            if len(step_T) != tokens:
-                raise TraceError(f"{len(step_T)} step numbers for {tokens} tokens; give one per token")
+            if step_T.shape != (tokens,) or step_T.dtype.kind not in "iu":
+                raise TraceError(f"step numbers are {step_T.dtype} of shape {step_T.shape}; give one whole number for each of {tokens} tokens")
             if (np.diff(step_T) < 0).any():
                 order = np.argsort(step_T, kind="stable")
                 experts_TLK, step_T = experts_TLK[order], step_T[order]
@@ -123,7 +125,7 @@ class Events:
             experts_A=flat,
             starts_N=starts,
             layer_N=np.tile(np.arange(layers, dtype=np.int32), len(first_S)),
-            step_N=np.repeat(number_S.astype(np.int32), layers),
+            step_N=np.repeat(number_S, layers),
             layers=layers,
             experts=experts,
             tokens=tokens,
@@ -154,7 +156,9 @@ class Events:
         )
 
     def part(self, first: int, last: int) -> Events:
-        """Events first..last-1 alone, 0 <= first <= last <= N."""
+        """Events first..last-1 alone. Raises TraceError unless 0 <= first <= last <= N."""
+        if not 0 <= first <= last <= len(self):
+            raise TraceError(f"events {first}..{last} of {len(self)}: give 0 <= first <= last <= {len(self)}")
         lo, hi = self.starts_N[[first, last]]
         return Events(
             experts_A=self.experts_A[lo:hi],

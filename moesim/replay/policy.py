@@ -87,6 +87,11 @@ def _one(size_X: NDArray[np.int64]) -> int:
     return int(size_X.max(initial=1))
 
 
+def _check(policy: str, **shares: float) -> None:
+    if wrong := [f"{name}(={share})" for name, share in shares.items() if not 0 <= share <= 1]:
+        raise InputError(f"policy {policy!r}: {wrong[0]} must be within 0..1")
+
+
 @dataclass(frozen=True)
 class Lru:
     """Gives up the expert whose last use is longest ago."""
@@ -159,6 +164,9 @@ class S3Fifo:
     name: ClassVar[str] = "s3-fifo"
     small: float = 0.1
 
+    def __post_init__(self) -> None:
+        _check(self.name, small=self.small)
+
     def cache(self, view: View) -> Made:
         """The ghost remembers as much as the main queue may hold, at least one expert."""
         from moesim.replay.kernels import queues
@@ -187,6 +195,9 @@ class WTinyLfu:
     name: ClassVar[str] = "w-tinylfu"
     window: float = 0.01
     protected: float = 0.8
+
+    def __post_init__(self) -> None:
+        _check(self.name, window=self.window, protected=self.protected)
 
     def cache(self, view: View) -> Made:
         """Counts are halved after ten uses per slot."""
@@ -230,6 +241,10 @@ class LfuAged:
     name: ClassVar[str] = "lfu-aged"
     period: int = 256
 
+    def __post_init__(self) -> None:
+        if not self.period >= 1 or self.period != int(self.period):
+            raise InputError(f"policy {self.name!r}: period(={self.period}) must be a whole number of steps >= 1")
+
     def cache(self, view: View) -> Made:
         """Worth is the count."""
         from moesim.replay.kernels import counting
@@ -260,6 +275,9 @@ class NextUse:
     name: ClassVar[str] = "next-use"
     fade: float = 0.2
 
+    def __post_init__(self) -> None:
+        _check(self.name, fade=self.fade)
+
     def cache(self, view: View) -> Made:
         """Learns as it goes."""
         from moesim.replay.kernels import appraised
@@ -289,6 +307,9 @@ class PinnedLru(Lru):
     name: ClassVar[str] = "pinned-lru"
     load_LE: NDArray[np.integer] | None = None
     pinned: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check(self.name, pinned=self.pinned)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def cache_problem_of(
     plan = linear_plan(model, where)
     held_B_G = plan.placement.holds_LGE.sum(axis=(0, 2)) * model.expert_B
     width = int(fields.get("tokens_per_device", 1)) * where.size
-    steps = max(1, round(len(experts_TLK) / width))
+    steps = max(1, round(len(experts_TLK) / max(1, width)))
     given: dict[str, Any] = {
         "model": model,
         "plan": plan,

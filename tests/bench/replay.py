@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from moesim.replay import Events, miss_curves, replay
+from moesim.replay import Events, miss_curves, policies, replay
 from tests.bench.registry import Measured, bench, best_of
 
 REQUESTS = 10**7
@@ -23,12 +23,12 @@ def requests() -> Events:
     return Events(experts_A=ids, starts_N=np.arange(REQUESTS + 1), layer_N=0 * every, step_N=every, layers=1, experts=64)
 
 
-def tokens(experts: int, top_k: int, layers: int, count: int) -> Events:
-    """Skewed choices, one token a step."""
+def tokens(experts: int, top_k: int, layers: int, count: int, tokens_per_step: int = 1) -> Events:
+    """Skewed choices."""
     rng = np.random.default_rng(0)
     liking = rng.random((layers, experts))
     ids = np.argsort(-(liking + rng.random((count, layers, experts))), axis=2)[:, :, :top_k].astype(np.uint16)
-    return Events.from_experts(ids, experts=experts)
+    return Events.from_experts(ids, experts=experts, tokens_per_step=tokens_per_step)
 
 
 def plain_lru(ids: list[int], slots: int) -> int:
@@ -92,11 +92,44 @@ def replay_events_lru() -> Measured:
 
 
 @bench
-def replay_all_sizes() -> Measured:
-    """Seconds of LRU for all sizes 0..256, top-8 of 256 in one layer, against a replay of one size."""
-    events = tokens(256, 8, 1, 100_000)
-    seconds, peer = best_of(lambda: miss_curves(events, "lru")), best_of(lambda: replay(events, "lru", 64))
-    return Measured(value=seconds, unit="s", peer="one size", peer_value=peer)
+def replay_events_slowest() -> Measured:
+    """Accesses per second of the slowest policy on events, top-8 of 256 in 2 layers, a quarter of them in slots; against LRU."""
+    events = tokens(256, 8, 2, 20_000)
+    seconds = {policy: best_of(lambda policy=policy: replay(events, policy, 64), repeats=3) for policy in policies()}
+    slowest = max(seconds, key=lambda policy: seconds[policy])
+    return Measured(value=events.accesses / seconds[slowest], unit=f"accesses/s ({slowest})", peer="LRU", peer_value=events.accesses / seconds["lru"])
+
+
+def curves(tokens_per_step: int) -> Measured:
+    """Seconds of LRU for all sizes 0..256, top-8 of 256 in one layer, against the quickest of three sizes."""
+    events = tokens(256, 8, 1, 40_000, tokens_per_step)
+    seconds = best_of(lambda: miss_curves(events, "lru"))
+    one = min(best_of(lambda slots=slots: replay(events, "lru", slots)) for slots in (32, 64, 128))
+    return Measured(value=seconds, unit="s", peer="one size", peer_value=one)
+
+
+@bench
+def lru_curves_1() -> Measured:
+    """Every token a step."""
+    return curves(1)
+
+
+@bench
+def lru_curves_4() -> Measured:
+    """Events of about 30 experts, no two of one size."""
+    return curves(4)
+
+
+@bench
+def lru_curves_16() -> Measured:
+    """Events of about 100 experts: many sizes are smaller than an event."""
+    return curves(16)
+
+
+@bench
+def lru_curves_64() -> Measured:
+    """Events of most experts."""
+    return curves(64)
 
 
 @bench

@@ -1,6 +1,7 @@
 """The event loop of one cache, with the hooks of one policy in it.
 
-X ids a cache can hold, A accesses, N events, M events of this cache, F prefetches.
+X ids a cache can hold, A accesses, N events, M events of this cache, F prefetches. What a policy knows is its `state`.
+
 One event: prefetched experts enter; every member is looked up; the policy hears of all; what is missing is loaded, each
 over a victim that is no member. Sizes are whole numbers: 1 each when capacity counts slots, bytes otherwise.
 """

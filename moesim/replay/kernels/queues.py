@@ -158,22 +158,22 @@ def _s3_insert(state: Queues, e: int, a: int) -> None:
 @inlined
 def _s3_victim(state: Queues, stamp_X: NDArray[np.int64], floor: int, e: int) -> int:
     while True:
-        v = _last(state, stamp_X, floor, SMALL)
-        w = _last(state, stamp_X, floor, MAIN)
-        if w >= 0 and (v < 0 or state.room_H[MAIN] > state.value[0]):
-            if state.mark_X[w] == 0:
-                _leave(state, w)
-                return w
-            state.mark_X[w] -= 1
-            _move(state, w, MAIN)
-        elif v >= 0:
-            if state.mark_X[v] < 2:
-                _move(state, v, GHOST)
-                _trim(state, GHOST, state.value[1])
-                return v
-            _move(state, v, MAIN)
-        else:
-            return -1
+        main = state.room_H[MAIN] > state.value[0]
+        v = _last(state, stamp_X, floor, MAIN if main else SMALL)
+        if v < 0:  # the other list, then
+            main = not main
+            v = _last(state, stamp_X, floor, MAIN if main else SMALL)
+            if v < 0:
+                return -1
+        if not main and state.mark_X[v] < 2:
+            _move(state, v, GHOST)
+            _trim(state, GHOST, state.value[1])
+            return v
+        if main and state.mark_X[v] == 0:
+            _leave(state, v)
+            return v
+        state.mark_X[v] -= main
+        _move(state, v, MAIN)
 
 
 # ARC (Megiddo and Modha, FAST 2003): lists 0 once, 1 often, 2 and 3 their ghosts; value: capacity, target of list 0.

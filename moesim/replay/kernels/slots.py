@@ -1,6 +1,6 @@
-"""Slots with a worth each: the least worthy is found by the minima of blocks of 64, without a tree.
+"""Slots with a worth each: the least worthy is found by the minima of blocks, without a tree.
 
-Finding it costs a scan of the C/64 minima and of one block, both of which the processor does several at a time; a change of
+Finding it costs a scan of the C/16 minima and of one block, both of which the processor does several at a time; a change of
 worth costs next to nothing unless it was its block's minimum. On caches of a few hundred slots that beats a heap fourfold.
 """
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.jit import inlined
 
-BLOCK = 64
+BLOCK = 16
 EMPTY = np.iinfo(np.int64).max  # worth of a slot without expert
 
 

@@ -132,7 +132,6 @@ def _soon(worth_X: NDArray[np.int64], count_X: NDArray[np.int64], next_A: NDArra
     worth_X[e] = -next_A[a]
 
 
-lru = specialised(walk_stack, "lru", {})
 lfu = specialised(walk_stack, "lfu", {"appraise": _frequent})
 belady = specialised(walk_stack, "belady", {"appraise": _soon, "FORESIGHT": True})
 optimal = specialised(walk_stack, "optimal", {"appraise": _soon, "BYPASS": True})

@@ -17,7 +17,7 @@ from moesim.report.text import percent, quantity
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BOUNDS = ("optimal", "belady", "static", "pinned-lru")  # policies that know the tokens they are judged on
+BOUNDS = ("optimal", "belady", "lookahead", "static", "pinned-lru")  # policies that know the tokens they are judged on
 SHARES = (0.125, 0.25, 0.5, 0.75)  # of a layer's experts, in the table of policies
 
 

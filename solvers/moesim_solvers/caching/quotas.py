@@ -6,7 +6,7 @@ Suffixes: L layers (of one device), C cache sizes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -49,6 +49,13 @@ def equal(limit_L: Ints, slots: int) -> Ints:
         slots_L[open_[: len(given)]] += given
         left -= int(given.sum())
     return slots_L
+
+
+def spread(quota: Quota, cost_LC: Floats, limit_L: Ints, slots: int) -> Quota:
+    """Slots that save nothing on the learnt tokens shared equally, for others, unless they cost something there."""
+    slots_L = quota.slots_L + equal(limit_L - quota.slots_L, slots - int(quota.slots_L.sum()))
+    cost = cost_of(cost_LC, slots_L)
+    return replace(quota, slots_L=slots_L, cost=cost) if cost <= quota.cost else quota
 
 
 def marginal(cost_LC: Floats, limit_L: Ints, slots: int) -> Quota:

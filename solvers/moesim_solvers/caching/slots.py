@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,12 @@ from moesim.optimize import Capability, Progress, Status
 from moesim.optimize.cache_score import score_cache
 from moesim.optimize.caching import CacheProblem, CacheSolution
 from moesim.optimize.misses import exact
-from moesim_solvers.caching.quotas import SURE, Quota, certain, cost_of, equal, integer, lower_bound, marginal
+from moesim.replay import replay
+from moesim_solvers.caching.quotas import SURE, Quota, certain, cost_of, equal, integer, lower_bound, marginal, spread
 
 PINNED = 8  # numbers of pinned experts that are tried, beside none
+LEARNT = 0.75  # share of the steps that teaches what the rest judges
+HALVINGS = 3  # how often the older half of the steps may be forgotten; less would be one kind of text where kinds take turns
 
 
 def share_out(
@@ -28,7 +31,8 @@ def share_out(
     if refusal := problem.infeasible(problem.bits[0]):
         return CacheSolution(status=Status.INFEASIBLE, plan=None, seed=seed, notes={"reason": refusal})
     cost_LGC = problem.stall_s(problem.misses(problem.policy))
-    quotas = [divide(cost_LGC[:, g], problem.held_LG[:, g], int(problem.slots_G[g])) for g in range(cost_LGC.shape[1])]
+    devices = [(cost_LGC[:, g], problem.held_LG[:, g], int(slots)) for g, slots in enumerate(problem.slots_G)]
+    quotas = [spread(divide(*device), *device) for device in devices]
     sure = exact(problem.policy, int(problem.held_LG.max()))  # else curves are straight between some sizes: nothing is proved
     return CacheSolution(
         status=Status.OPTIMAL if sure and all(quota.optimal for quota in quotas) else Status.FEASIBLE,
@@ -97,9 +101,10 @@ class PinSet:
     """Slots and pinned experts moved away from equal slots only where the gain is sure; the rest of the slots follow the policy.
 
     The steps are cut into parts. An expert is pinned, or a slot moved to another layer, where that saves more than twice its
-    standard error in the mean over the parts, each part judging pins learnt from the others. So it gives up some of the gain
-    on the learnt tokens for not losing on others. Where that makes predicted steps no shorter, equal slots stay: fewer misses
-    help little where dispatch hides them.
+    standard error in the mean over the parts, each part judging pins learnt from the others. Parts of one kind cannot tell that
+    the routing changes, so what the first three quarters of the steps teach must beat equal slots on the last quarter; else the
+    older half of the steps is forgotten, down to an eighth, and else equal slots stay. They stay, too, where predicted steps
+    become no shorter: fewer misses help little where dispatch hides them.
     """
 
     name = "pin-set"
@@ -108,36 +113,88 @@ class PinSet:
     requires: tuple[str, ...] = ("numba",)
 
     def solve(self, problem: CacheProblem, *, seed: int, time_limit_s: float, progress: Progress) -> CacheSolution:
-        """Feasible, without a bound; the objective is that of the whole learnt part."""
+        """Feasible, without a bound; the objective is that of the whole learnt part. Notes tell how many steps were not forgotten."""
         if refusal := problem.infeasible(problem.bits[0]):
             return CacheSolution(status=Status.INFEASIBLE, plan=None, seed=seed, notes={"reason": refusal})
-        held_LG, slots_G = problem.held_LG, problem.slots_G
-        equal_LG = np.stack([equal(held_LG[:, g], int(slots_G[g])) for g in range(len(slots_G))], axis=1)
-        tried_P = sorted({round(int(held_LG.max()) * i / PINNED) for i in range(PINNED + 1)})
-        cost: list[NDArray[np.float64]] = []
         stop_s = time.monotonic() + time_limit_s
-        for pinned in tried_P:
-            if cost and time.monotonic() > stop_s:
+        none = Division(slots_LG=equal_slots(problem), pinned_LE=np.zeros(problem.asked_LE.shape, bool))
+        window, best = problem, none
+        for tried in range(HALVINGS + 1):
+            if tried:
+                if window.steps < 8:  # too few to cut into parts
+                    break
+                window = window.between(window.steps - window.steps // 2, window.steps)
+            cut = round(window.steps * LEARNT)
+            before = surely_better(window.between(0, cut), stop_s) if cut else none
+            if copying_s(window, cut, before) < copying_s(window, cut, none):
+                best = surely_better(window, stop_s)
                 break
-            cost.append(problem.stall_s(problem.misses_by_part(problem.policy, pinned)))
-            progress(len(cost) / len(tried_P), f"{pinned} pinned")
-        slots_LG, pinned_LG = equal_LG, np.zeros_like(equal_LG)
-        if problem.parts > 1:
-            cost_PBLGC = np.stack(cost)
-            pick_LGC = np.stack([lower_bound(cost_PBLGC[0] - cost_BLGC, SURE) for cost_BLGC in cost_PBLGC]).argmax(axis=0)
-            cost_BLGC = np.take_along_axis(cost_PBLGC, pick_LGC[None, None], axis=0)[0]
-            slots_LG = np.stack([certain(cost_BLGC[:, :, g], held_LG[:, g], int(slots_G[g])) for g in range(len(slots_G))], axis=1)
-            tried_LG = np.asarray(tried_P)[np.take_along_axis(pick_LGC, slots_LG[:, :, None], axis=2)[:, :, 0]]
-            pinned_LG = np.minimum(tried_LG, slots_LG)
-        plan = problem.answer(self.name, slots_LG, pinned_LE=problem.pins_LE(pinned_LG))
-        moved = int(np.abs(slots_LG - equal_LG).sum() // 2)
-        found, base = score_cache(problem, plan), score_cache(problem, problem.answer(self.name, equal_LG))
-        if found.stall_s > base.stall_s:
-            plan, found, moved = problem.answer(self.name, equal_LG), base, 0
+            progress((tried + 1) / (HALVINGS + 1), f"the last {window.steps:,} steps")
+        if best is not none and stall_s(window, best) > stall_s(window, none):
+            best = none
+        plan = problem.answer(self.name, best.slots_LG, pinned_LE=best.pinned_LE)
+        notes: dict[str, object] = {
+            "parts": window.parts,
+            "learnt_steps": window.steps if best is not none else 0,
+            "pinned": int(best.pinned_LE.sum()),
+            "moved": int(np.abs(best.slots_LG - none.slots_LG).sum() // 2),
+        }
+        if best is none:
+            notes["remark"] = f"{self.name}: nothing learnt was better than equal slots, so slots are equal and nothing is pinned"
+        elif window is not problem:
+            notes["remark"] = f"{self.name}: routing changed; learnt from the last {window.steps:,} of {problem.steps:,} steps alone"
         return CacheSolution(
-            status=Status.FEASIBLE if len(cost) == len(tried_P) else Status.TIME_LIMIT,
+            status=Status.FEASIBLE if time.monotonic() < stop_s else Status.TIME_LIMIT,
             plan=plan,
-            objective=found.stall_s,
+            objective=score_cache(problem, plan).stall_s,
             seed=seed,
-            notes={"parts": problem.parts, "pinned": int(plan.pinned_LE.sum()), "moved": moved},
+            notes=notes,
         )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Division:
+    """Slots of every layer and device, and what is pinned in some of them."""
+
+    slots_LG: NDArray[np.int64]
+    pinned_LE: NDArray[np.bool_]
+
+
+def equal_slots(problem: CacheProblem) -> NDArray[np.int64]:
+    """slots_LG of as many slots for every layer."""
+    return np.stack([equal(held_L, int(slots)) for held_L, slots in zip(problem.held_LG.T, problem.slots_G, strict=True)], axis=1)
+
+
+def surely_better(problem: CacheProblem, stop_s: float) -> Division:
+    """Equal slots with every pin and move that the parts of the steps are sure of; numbers of pins are tried until `stop_s`."""
+    held_LG, slots_LG = problem.held_LG, equal_slots(problem)
+    if problem.parts < 2:
+        return Division(slots_LG=slots_LG, pinned_LE=np.zeros(problem.asked_LE.shape, bool))
+    tried_P = sorted({round(int(held_LG.max()) * i / PINNED) for i in range(PINNED + 1)})
+    cost: list[NDArray[np.float64]] = []
+    for pinned in tried_P:
+        if cost and time.monotonic() > stop_s:
+            break
+        cost.append(problem.stall_s(problem.misses_by_part(problem.policy, pinned)))
+    cost_PBLGC = np.stack(cost)
+    pick_LGC = np.stack([lower_bound(cost_PBLGC[0] - cost_BLGC, SURE) for cost_BLGC in cost_PBLGC]).argmax(axis=0)
+    cost_BLGC = np.take_along_axis(cost_PBLGC, pick_LGC[None, None], axis=0)[0]
+    slots_LG = np.stack([certain(cost_BLGC[:, :, g], held_LG[:, g], int(slots)) for g, slots in enumerate(problem.slots_G)], axis=1)
+    pinned_LG = np.asarray(tried_P)[np.take_along_axis(pick_LGC, slots_LG[:, :, None], axis=2)[:, :, 0]]
+    return Division(slots_LG=slots_LG, pinned_LE=problem.pins_LE(np.minimum(pinned_LG, slots_LG)))
+
+
+def copying_s(problem: CacheProblem, start: int, division: Division) -> float:
+    """Seconds of copies on demand in the steps from `start` on, after those before."""
+    total_s = 0.0
+    for g, events in enumerate(problem.events_G):
+        pinned_LE = division.pinned_LE & problem.plan.placement.holds_LGE[:, g]
+        found = replay(events, problem.policy, division.slots_LG[:, g], resident=pinned_LE)
+        late_N = np.where(events.step_N >= start, found.misses_N, 0)
+        total_s += float(np.bincount(events.layer_N, late_N, minlength=events.layers) @ problem.copy_s_LG[:, g])
+    return total_s
+
+
+def stall_s(problem: CacheProblem, division: Division) -> float:
+    """Seconds a predicted step waits."""
+    return score_cache(problem, problem.answer("division", division.slots_LG, pinned_LE=division.pinned_LE)).stall_s
