@@ -140,7 +140,7 @@ def test_local_search_is_within_one_per_cent_of_the_optimum() -> None:
     ids_TLK = routing(5, 200, layers, experts, 2)
     load_LE = TraceStats.from_experts(ids_TLK, spec(layers, experts, 2)).load_LE
     busy, fanout = 1.0, 0.5
-    found = search_slots(ids_TLK, load_LE, slots_G, [0] * 4, busy=busy, fanout=fanout, drift=0.0, seed=1, threads=1)
+    found = search_slots(ids_TLK, load_LE, slots_G, [0] * 4, busy=busy, fanout=fanout, noise=False, seed=1, threads=1)
     excess = []
     for row in range(layers):
         layer = layer_of(ids_TLK[:, row : row + 1], experts, slots_G, [0] * 4, (busy, fanout, 0.0))

@@ -166,7 +166,7 @@ def load_cluster(name: str | Path) -> Cluster:
         host_G=tuple(feeds) if any(feeds) else (),
     )
     edges = tuple((*edge.between, link(edge.link, f"$.edges[{index}].link")) for index, edge in enumerate(parsed.edges))
-    if strangers := sorted({place for a, b, _ in edges for place in (a, b)} - set(cluster.graph)):
+    if edges and (strangers := sorted({place for a, b, _ in edges for place in (a, b)} - set(cluster.graph))):
         raise ProfileError(f"{path}: $.edges: {', '.join(strangers)} is no place of the graph; places are {', '.join(cluster.graph)}")
     return replace(cluster, edges=edges) if edges else cluster
 

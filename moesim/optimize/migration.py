@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -118,39 +117,29 @@ class Option:
 
 
 def chosen(options: Sequence[Sequence[Option]], *, most_moves: int | None, move_cost: float = 0.0) -> list[Option]:
-    """One option per layer: least Σ cost + move_cost · moves with at most `most_moves` moves over all layers.
+    """One option per layer: least Σ cost + move_cost · moves with at most `most_moves` moves over all layers; exact.
 
-    Steps along each layer's lower convex hull, best gain per move first, and skips steps that do not fit: optimal but for
-    what the last step leaves of the budget (a knapsack). Every layer needs an option without moves if there is a budget.
+    A knapsack with one choice per layer, by dynamic programming over the moves spent. Equal prices go to fewer moves. A budget
+    below what every layer needs at least counts as just that.
     """
-    hulls = [_hull(row, move_cost) for row in options]
-    at_L = [0] * len(hulls)
-    left = np.inf if most_moves is None else most_moves - sum(hull[0].moves for hull in hulls)
-    steps = [
-        ((a.cost - b.cost) / (b.moves - a.moves) - move_cost, layer, index)
-        for layer, hull in enumerate(hulls)
-        for index, (a, b) in enumerate(pairwise(hull), start=1)
-    ]
-    for gain, layer, index in sorted(steps, key=lambda step: (-step[0], step[1], step[2])):
-        more = hulls[layer][index].moves - hulls[layer][at_L[layer]].moves
-        if gain > 0 and more <= left:
-            at_L[layer] = index
-            left -= more
-    return [hull[at] for hull, at in zip(hulls, at_L, strict=True)]
-
-
-def _hull(options: Sequence[Option], move_cost: float) -> list[Option]:
-    """Options on the lower convex hull of cost over moves, from the fewest moves to the cheapest."""
-    hull: list[Option] = []
-    for option in sorted(options, key=lambda option: (option.moves, option.cost)):
-        if hull and (option.moves == hull[-1].moves or option.cost >= hull[-1].cost):
-            continue
-        while len(hull) > 1 and (hull[-2].cost - hull[-1].cost) * (option.moves - hull[-1].moves) <= (hull[-1].cost - option.cost) * (
-            hull[-1].moves - hull[-2].moves
-        ):
-            hull.pop()
-        hull.append(option)
-    return hull
+    rows = [sorted(row, key=lambda option: (option.cost + move_cost * option.moves, option.moves)) for row in options]
+    if most_moves is None or sum(row[0].moves for row in rows) <= most_moves:
+        return [row[0] for row in rows]
+    budget = max(most_moves, sum(min(option.moves for option in row) for row in rows))
+    least_B = np.zeros(budget + 1)  # price of the layers so far with at most so many moves
+    pick_LB = np.zeros((len(rows), budget + 1), np.int64)
+    for row, pick_B in zip(rows, pick_LB, strict=True):
+        price_OB = np.full((len(row), budget + 1), np.inf)
+        for price_B, option in zip(price_OB, row, strict=True):
+            if option.moves <= budget:
+                price_B[option.moves :] = least_B[: budget + 1 - option.moves] + option.cost + move_cost * option.moves
+        pick_B[:] = price_OB.argmin(axis=0)
+        least_B = price_OB.min(axis=0)
+    picks, left = [], budget
+    for row, pick_B in zip(reversed(rows), reversed(pick_LB), strict=True):
+        picks.append(row[pick_B[left]])
+        left -= picks[-1].moves
+    return picks[::-1]
 
 
 def settled(problem: Problem, found: Solution) -> Solution:

@@ -18,15 +18,15 @@ from moesim_solvers.placement.state import (
     Ints,
     Layer,
     State,
-    above,
     barred,
+    busy_ratio,
     cost,
-    excess,
     newcomer,
     pinned,
     refresh,
     serve,
     spread,
+    tail,
     weigh,
 )
 
@@ -35,12 +35,31 @@ RARE = 0.1  # share of moves of the two dear kinds, where there are replicas
 
 
 @inlined
-def reach_after(any_DW: Words, many_DW: Words, d: int, bits_PW: Words, leave: int, enter: int) -> np.int64:
-    """Tokens that device (or node) d serves once slot `leave` left it and `enter` came."""
-    total = np.int64(0)
-    for w in range(any_DW.shape[1]):
-        total += ones(many_DW[d, w] | (any_DW[d, w] & ~bits_PW[leave, w]) | bits_PW[enter, w])
-    return total
+def alone(
+    any_DW: Words, many_DW: Words, bits_PW: Words, alone_PD: Ints, when_PD: Ints, since: np.int64, now: np.int64, slot: int, d: int, here: bool
+) -> np.int64:
+    """Tokens that destination d serves (`here`: the slot is there) or would serve through this slot alone; kept in `alone_PD`."""
+    if when_PD[slot, d] < since:
+        total = np.int64(0)
+        if here:
+            for w in range(bits_PW.shape[1]):
+                total += ones(bits_PW[slot, w] & ~many_DW[d, w])
+        else:
+            for w in range(bits_PW.shape[1]):
+                total += ones(bits_PW[slot, w] & ~any_DW[d, w])
+        alone_PD[slot, d], when_PD[slot, d] = total, now
+    return np.int64(alone_PD[slot, d])
+
+
+@inlined
+def shared(many_DW: Words, a: int, b: int, bits_PW: Words, i: int, j: int) -> tuple[np.int64, np.int64]:
+    """Tokens of both slots that destination a, and b, serves through no third one."""
+    at_a = at_b = np.int64(0)
+    for w in range(bits_PW.shape[1]):
+        both = bits_PW[i, w] & bits_PW[j, w]
+        at_a += ones(both & ~many_DW[a, w])
+        at_b += ones(both & ~many_DW[b, w])
+    return at_a, at_b
 
 
 @inlined
@@ -54,16 +73,6 @@ def spread_after(price: float, peak_price: float, reach_D: Ints, a: int, b: int,
                 most, most_after = max(most, reach_D[d]), max(most_after, reach_D[d])
         change += peak_price * float(most_after - most)
     return change
-
-
-@inlined
-def lead(reach_D: Ints, a: int, b: int) -> float:
-    """Tokens by which the busier of destinations a and b is ahead of all others."""
-    most = np.int64(0)
-    for d in range(len(reach_D)):
-        if d != a and d != b:
-            most = max(most, reach_D[d])
-    return float(max(reach_D[a], reach_D[b], most) - most)
 
 
 @compiled
@@ -109,29 +118,28 @@ def rank_after(state: State, expert: int, leave: int, enter: int) -> int:
 
 
 @inlined
-def excess_after(layer: Layer, state: State, g: int, h: int, x: int, y: int) -> float:
-    """Excess once a replica of x went from g to h and one of y from h to g."""
-    share_x, share_y = 1.0 / state.count_E[x], 1.0 / state.count_E[y]
+def busy_after(layer: Layer, state: State, g: int, h: int, x: int, y: int) -> float:
+    """Busy ratio once a replica of x went from g to h and one of y from h to g."""
+    share_x, share_y = state.share_E[x], state.share_E[y]
     shift = share_y * layer.load_E[y] - share_x * layer.load_E[x]
-    square_g = square_h = 0.0
-    for b in range(layer.drift_EB.shape[1]):
-        turn = share_y * layer.drift_EB[y, b] - share_x * layer.drift_EB[x, b]
-        at_g, at_h = state.drift_GB[g, b] + turn, state.drift_GB[h, b] - turn
-        square_g += at_g * at_g
-        square_h += at_h * at_h
     load_g, load_h = state.load_G[g] + shift, state.load_G[h] - shift
+    if layer.soft > 0.0:
+        sway_GE, noise_EE = state.sway_GE, layer.noise_EE
+        own = share_x * share_x * noise_EE[x, x] + share_y * share_y * noise_EE[y, y] - 2.0 * share_x * share_y * noise_EE[x, y]
+        noise_g = state.noise_G[g] + own + 2.0 * (share_y * sway_GE[g, y] - share_x * sway_GE[g, x])
+        noise_h = state.noise_G[h] + own + 2.0 * (share_x * sway_GE[h, x] - share_y * sway_GE[h, y])
+        rest = state.busy_2[0] - state.tail_G[g] - state.tail_G[h]
+        return busy_ratio(layer, rest + tail(layer, load_g, noise_g) + tail(layer, load_h, noise_h))
     busiest = max(load_g, load_h)
-    highest = max(load_g + math.sqrt(square_g), load_h + math.sqrt(square_h))
-    for d in range(len(state.peak_G)):
+    for d in range(len(state.load_G)):
         if d != g and d != h:
             busiest = max(busiest, state.load_G[d])
-            highest = max(highest, state.peak_G[d])
-    return above(layer, busiest, highest)
+    return float(busiest * layer.per_mean)
 
 
 @inlined
-def attempt(layer: Layer, state: State, i: int, j: int, kind: int, price: float, allow: float, work_4X: Ints) -> bool:
-    """Swap slots i and j if possible and if priced spread, moves and price · excess grow by less than `allow`.
+def attempt(layer: Layer, state: State, i: int, j: int, kind: int, allow: float, work_4X: Ints) -> bool:
+    """Swap slots i and j if possible and if the cost grows by less than `allow`.
 
     Kind SWAP leaves the numbering of replicas alone (cheap), CROSS may renumber them, REPLACE turns slot i into a
     further replica of slot j's expert instead.
@@ -144,34 +152,54 @@ def attempt(layer: Layer, state: State, i: int, j: int, kind: int, price: float,
     if kind == REPLACE:
         if state.count_E[x] == 1:
             return False
-        return reassign(layer, state, i, -1, x, y, price, allow, work_4X)
+        return reassign(layer, state, i, -1, x, y, allow, work_4X)
     if pinned(layer, h, y) or holds(layer, state, x, h) or barred(layer, state, x, h, j):
         return False
     allow -= newcomer(layer, h, x) - newcomer(layer, h, y)
     rank_x, rank_y = rank_after(state, x, i, j), rank_after(state, y, j, i)
     if rank_x < 0 or rank_y < 0:
-        return kind == CROSS and reassign(layer, state, i, j, x, y, price, allow, work_4X)
+        return kind == CROSS and reassign(layer, state, i, j, x, y, allow, work_4X)
 
-    allow -= price * (excess_after(layer, state, g, h, x, y) - excess(layer, state))
+    allow -= layer.price_5[0] * (busy_after(layer, state, g, h, x, y) - state.busy_2[1])
     allow *= layer.tokens
     m, n = layer.node_G[g], layer.node_G[h]
     _, fanout, node_fanout, peak, node_peak = layer.price_5
-    if m == n:
-        node_fanout = node_peak = 0.0
-    # a slot that leaves frees its destination of at most its own tokens: most swaps are refused before any token is counted
-    gain = (fanout + node_fanout) * float(state.size_P[i] + state.size_P[j])
-    gain += peak * lead(state.reach_G, g, h) + node_peak * (lead(state.reach_N, m, n) if m != n else 0.0)
-    if not -gain < allow:
+    near, far = fanout + peak != 0.0, m != n and node_fanout + node_peak != 0.0
+    # a slot that leaves frees its destination of at most its own tokens
+    most = (fanout + peak + (node_fanout + node_peak if m != n else 0.0)) * float(state.size_P[i] + state.size_P[j])
+    if not -most < allow:
         return False
-    if fanout + peak != 0.0:
-        after_g = reach_after(state.any_GW, state.many_GW, g, state.bits_PW, i, j)
-        after_h = reach_after(state.any_GW, state.many_GW, h, state.bits_PW, j, i)
-        allow -= spread_after(fanout, peak, state.reach_G, g, h, after_g, after_h)
-    if node_fanout + node_peak != 0.0:
-        after_m = reach_after(state.any_NW, state.many_NW, m, state.bits_PW, i, j)
-        after_n = reach_after(state.any_NW, state.many_NW, n, state.bits_PW, j, i)
-        allow -= spread_after(node_fanout, node_peak, state.reach_N, m, n, after_m, after_n)
-    if not allow > 0.0:
+    now, bits_PW = state.clock_1[0], state.bits_PW
+    born_i, born_j = state.born_P[i], state.born_P[j]
+    after_g = after_h = after_m = after_n = np.int64(0)
+    # what the slots serve alone bounds the change from below: most swaps are refused before any token is counted
+    least = 0.0
+    if near:
+        any_GW, many_GW, alone_PG, when_PG = state.any_GW, state.many_GW, state.alone_PG, state.when_PG
+        since_g, since_h = state.turned_G[g], state.turned_G[h]
+        after_g = state.reach_G[g] - alone(any_GW, many_GW, bits_PW, alone_PG, when_PG, max(born_i, since_g), now, i, g, True)
+        after_h = state.reach_G[h] - alone(any_GW, many_GW, bits_PW, alone_PG, when_PG, max(born_j, since_h), now, j, h, True)
+        after_g += alone(any_GW, many_GW, bits_PW, alone_PG, when_PG, max(born_j, since_g), now, j, g, False)
+        after_h += alone(any_GW, many_GW, bits_PW, alone_PG, when_PG, max(born_i, since_h), now, i, h, False)
+        least += spread_after(fanout, peak, state.reach_G, g, h, after_g, after_h)
+    if far:
+        any_NW, many_NW, alone_PN, when_PN = state.any_NW, state.many_NW, state.alone_PN, state.when_PN
+        since_m, since_n = state.turned_N[m], state.turned_N[n]
+        after_m = state.reach_N[m] - alone(any_NW, many_NW, bits_PW, alone_PN, when_PN, max(born_i, since_m), now, i, m, True)
+        after_n = state.reach_N[n] - alone(any_NW, many_NW, bits_PW, alone_PN, when_PN, max(born_j, since_n), now, j, n, True)
+        after_m += alone(any_NW, many_NW, bits_PW, alone_PN, when_PN, max(born_j, since_m), now, j, m, False)
+        after_n += alone(any_NW, many_NW, bits_PW, alone_PN, when_PN, max(born_i, since_n), now, i, n, False)
+        least += spread_after(node_fanout, node_peak, state.reach_N, m, n, after_m, after_n)
+    if not least < allow:
+        return False
+    change = 0.0
+    if near:
+        both_g, both_h = shared(state.many_GW, g, h, bits_PW, i, j)
+        change += spread_after(fanout, peak, state.reach_G, g, h, after_g + both_g, after_h + both_h)
+    if far:
+        both_m, both_n = shared(state.many_NW, m, n, bits_PW, i, j)
+        change += spread_after(node_fanout, node_peak, state.reach_N, m, n, after_m + both_m, after_n + both_n)
+    if not change < allow:
         return False
     swap(layer, state, i, j, rank_x, rank_y)
     return True
@@ -182,22 +210,43 @@ def swap(layer: Layer, state: State, i: int, j: int, rank_x: int, rank_y: int) -
     """Exchange the replicas in slots i and j, which keep their ranks."""
     x, y = state.slots_P[i], state.slots_P[j]
     g, h = layer.device_P[i], layer.device_P[j]
-    share_x, share_y = 1.0 / state.count_E[x], 1.0 / state.count_E[y]
+    m, n = layer.node_G[g], layer.node_G[h]
+    share_x, share_y = state.share_E[x], state.share_E[y]
     weigh(layer, state, g, x, -share_x)
     weigh(layer, state, h, y, -share_y)
     weigh(layer, state, g, y, share_y)
     weigh(layer, state, h, x, share_x)
     for w in range(state.bits_PW.shape[1]):
         state.bits_PW[i, w], state.bits_PW[j, w] = state.bits_PW[j, w], state.bits_PW[i, w]
+    for d in range(len(state.reach_G)):
+        state.alone_PG[i, d], state.alone_PG[j, d] = state.alone_PG[j, d], state.alone_PG[i, d]
+        state.when_PG[i, d], state.when_PG[j, d] = state.when_PG[j, d], state.when_PG[i, d]
+    for d in range(len(state.reach_N)):
+        state.alone_PN[i, d], state.alone_PN[j, d] = state.alone_PN[j, d], state.alone_PN[i, d]
+        state.when_PN[i, d], state.when_PN[j, d] = state.when_PN[j, d], state.when_PN[i, d]
+    state.born_P[i], state.born_P[j] = state.born_P[j], state.born_P[i]
     state.size_P[i], state.size_P[j] = state.size_P[j], state.size_P[i]
     state.slots_P[i], state.slots_P[j] = y, x
     state.home_EX[x, rank_x], state.home_EX[y, rank_y] = j, i
     state.dirty_G[g] = state.dirty_G[h] = True
+    state.clock_1[0] += 1
+    state.turned_G[g] = state.turned_G[h] = state.clock_1[0]
+    if m != n:  # a node's tokens do not change by a swap inside it
+        state.dirty_N[m] = state.dirty_N[n] = True
+        state.turned_N[m] = state.turned_N[n] = state.clock_1[0]
     refresh(layer, state)
 
 
+@inlined
+def noted(layer: Layer, state: State, slots_X: Ints, count: int) -> None:
+    """Note that these slots and their destinations have just changed."""
+    for r in range(count):
+        g = layer.device_P[slots_X[r]]
+        state.born_P[slots_X[r]] = state.turned_G[g] = state.turned_N[layer.node_G[g]] = state.clock_1[0]
+
+
 @compiled
-def reassign(layer: Layer, state: State, i: int, j: int, x: int, y: int, price: float, allow: float, work_4X: Ints) -> bool:
+def reassign(layer: Layer, state: State, i: int, j: int, x: int, y: int, allow: float, work_4X: Ints) -> bool:
     """Move in which replicas change number or count: do it, look, take it back if too dear. j = -1: drop x at i."""
     old_x, old_y, new_x, new_y = work_4X[0], work_4X[1], work_4X[2], work_4X[3]
     nx, ny = state.count_E[x], state.count_E[y]
@@ -205,16 +254,21 @@ def reassign(layer: Layer, state: State, i: int, j: int, x: int, y: int, price: 
         old_x[r] = state.home_EX[x, r]
     for r in range(ny):
         old_y[r] = state.home_EX[y, r]
-    before = spread(layer, state) + price * excess(layer, state)
+    before = spread(layer, state) + layer.price_5[0] * state.busy_2[1]
     mx = moved(old_x, nx, i, j, new_x)
     my = moved(old_y, ny, j, i, new_y)
     serve(layer, state, x, new_x, mx)
     serve(layer, state, y, new_y, my)
     refresh(layer, state)
-    if spread(layer, state) + price * excess(layer, state) - before < allow:
+    if spread(layer, state) + layer.price_5[0] * state.busy_2[1] - before < allow:
         state.slots_P[i] = y
         if j >= 0:
             state.slots_P[j] = x
+        state.clock_1[0] += 1
+        noted(layer, state, old_x, nx)
+        noted(layer, state, old_y, ny)
+        noted(layer, state, new_x, mx)
+        noted(layer, state, new_y, my)
         return True
     serve(layer, state, y, old_y, ny)
     serve(layer, state, x, old_x, nx)
@@ -223,17 +277,17 @@ def reassign(layer: Layer, state: State, i: int, j: int, x: int, y: int, price: 
 
 
 @compiled
-def typical_step(layer: Layer, state: State, price: float, tries: int) -> float:
+def typical_step(layer: Layer, state: State, tries: int) -> float:
     """Mean change of cost over a random walk (which leaves the state there): the unit of temperature."""
     layer, state = borrowed(layer), borrowed(state)
     work_4X = np.empty((4, state.home_EX.shape[1]), np.int64)
     slots = len(state.slots_P)
     total, made = 0.0, 0
-    before = spread(layer, state) + price * excess(layer, state)
+    before = cost(layer, state)
     for _ in range(tries):
         i, j = int(random_unit(state.draw_1) * slots), int(random_unit(state.draw_1) * slots)
-        if attempt(layer, state, i, j, SWAP, price, math.inf, work_4X):
-            after = spread(layer, state) + price * excess(layer, state)
+        if attempt(layer, state, i, j, SWAP, math.inf, work_4X):
+            after = cost(layer, state)
             total += abs(after - before)
             made += 1
             before = after
@@ -241,37 +295,23 @@ def typical_step(layer: Layer, state: State, price: float, tries: int) -> float:
 
 
 @compiled
-def anneal(
-    layer: Layer,
-    state: State,
-    best_P: Ints,
-    best_1: Floats,
-    begin: int,
-    end: int,
-    moves: int,
-    hot: float,
-    cold: float,
-    soft: float,
-    firm: float,
-) -> None:
-    """Steps begin..end of `moves` Metropolis steps, cooling from `hot` to `cold` while load's price goes from
-    `soft` to `firm`, both geometrically; the best slots seen (at the full price) go to `best_P`."""
+def anneal(layer: Layer, state: State, best_P: Ints, best_1: Floats, begin: int, end: int, moves: int, hot: float, cold: float) -> None:
+    """Steps begin..end of `moves` Metropolis steps, cooling geometrically from `hot` to `cold`; the best slots seen go to `best_P`."""
     layer, state = borrowed(layer), borrowed(state)
     slots = len(state.slots_P)
     spare = slots > len(layer.load_E)
     work_4X = np.empty((4, state.home_EX.shape[1]), np.int64)
-    heat = price = 0.0
+    heat = 0.0
     for step in range(begin, end):
         if step % 64 == 0 or step == begin:
             heat = hot * (cold / hot) ** (step / moves)
-            price = soft * (firm / max(soft, 1e-300)) ** (step / moves)
         i = int(random_unit(state.draw_1) * slots)
         j = int(random_unit(state.draw_1) * slots)
         kind = SWAP
         if spare and random_unit(state.draw_1) < RARE:
             kind = CROSS if random_unit(state.draw_1) < 0.5 else REPLACE
         allow = -heat * math.log(1.0 - random_unit(state.draw_1))
-        if attempt(layer, state, i, j, kind, price, allow, work_4X):
+        if attempt(layer, state, i, j, kind, allow, work_4X):
             now = cost(layer, state)
             if now < best_1[0] - 1e-12:
                 best_1[0] = now
@@ -297,7 +337,7 @@ def descend(layer: Layer, state: State, fresh_G: Bools) -> bool:
             h = layer.device_P[j]
             if not (fresh_G[g] or fresh_G[h] or changed_G[g] or changed_G[h]):
                 continue
-            if attempt(layer, state, i, j, SWAP, layer.price_5[0], -1e-9, work_4X):
+            if attempt(layer, state, i, j, SWAP, -1e-9, work_4X):
                 changed_G[g] = changed_G[h] = better = True
     fresh_G[:] = changed_G
     return better

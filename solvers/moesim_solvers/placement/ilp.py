@@ -351,7 +351,7 @@ class Ilp:
                 busy=busy,
                 fanout=fanout,
                 node_fanout=node_fanout,
-                drift=0.0,
+                noise=False,
                 limits=replace(limits_of(problem), live_LGE=None),
                 seed=seed,
                 time_limit_s=time_limit_s / 2,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.optimize import Capability, Problem, Progress, Solution, Status
-from moesim.optimize.migration import Option, chosen, moves_L
+from moesim.optimize.migration import Option, chosen, layer_s_L, moves_L
 from moesim_solvers.placement.limits import limits_of, overfull
 
 if TYPE_CHECKING:
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
     Search = Callable[[Limits, float, int], Found]  # limits, share of the time left, rounds
 
-LOAD_SLACK = 0.0075  # busiest/mean that may be given away for less travel inside a node
-STANDARD_ERRORS = 2.0  # of a device's load over consecutive parts of the sample: what a sample cannot promise of other tokens
-TRAVEL = 0.05  # price of a device per token, where a unit of busiest/mean costs 1: inside a node, with replicas
-SPREAD_ERRORS, SPREAD_BLOCKS = 4.0, 64  # the same errors there; replicas can spread what surges together, which takes finer parts to see
-BLOCKS = 8  # those parts
+TRAVEL, TRAVEL_REPLICAS = 0.25, 0.01  # price of a device per token inside a node, where a unit of busiest/mean costs 1
 PEAK = 0.5  # of travel's price is paid for the busiest port, which sets the time, the rest for the mean, which a sample knows better
 LOOKS = 8  # descents that find the price of a move at which the budget is spent
 
@@ -38,19 +34,15 @@ class Terms:
     fanout: float = 1.0
     node_fanout: float = 0.0
     peak: float = 0.0
-    load_slack: float | None = None
-    drift: float = STANDARD_ERRORS
-    blocks: int = BLOCKS
 
 
 class LocalSearch:
     """Simulated annealing on the true token sets: load, devices and nodes per token.
 
-    Across nodes, load and travel are priced in seconds by the cost model. Inside one node, where a unit of load costs about
-    ten times a unit of travel, pricing load would spend travel on the sample's noise: there load is a limit, the greedy
-    balance's own plus 0.0075, and travel is minimised below it. With replicas inside a node load does have room: it is priced at about
-    twice its seconds, with what a device may surge. From a live plan everything is priced in seconds, moves too: at the time of their
-    copies over the horizon, and at whatever more it takes to keep a budget of moves.
+    Across nodes, load and travel are priced in seconds by the cost model. Inside one node travel costs about a tenth of load in seconds;
+    there it is priced higher, as less travel is what balance alone leaves to gain, and with replicas lower, as these can be spread
+    until load is even. Load is what it is expected to be on other tokens, never the sample's own. From a live plan everything is
+    priced in seconds, moves too: at the time of their copies over the horizon, and at whatever more it takes to keep a budget of moves.
     """
 
     name = "local-search"
@@ -70,9 +62,9 @@ class LocalSearch:
         if problem.cluster.nodes > 1 or problem.constraints.current is not None:
             mode, terms = "priced in seconds", Terms(busy=price.load_s, fanout=price.devices_s, node_fanout=price.nodes_s, peak=PEAK)
         elif problem.slots > problem.model.experts:
-            mode, terms = "load first", Terms(fanout=TRAVEL, drift=SPREAD_ERRORS, blocks=SPREAD_BLOCKS)
+            mode, terms = "load first", Terms(fanout=TRAVEL_REPLICAS)
         else:
-            mode, terms = "load limited", Terms(load_slack=LOAD_SLACK)
+            mode, terms = "load before travel", Terms(fanout=TRAVEL)
 
         def search(limits: Limits, share: float = 1.0, rounds: int = ROUNDS) -> Found:
             return search_slots(
@@ -112,19 +104,20 @@ class LocalSearch:
 
         rules, live, load_s = problem.constraints, problem.constraints.current, problem.weights.load_s
         assert live is not None
+        stays = limits.start_LP is live.slots_LP
         options: list[list[Option]] = [[] for _ in live.layers]
+        if stays:
+            for row, slots_P, cost in zip(options, live.slots_LP, layer_s_L(problem, live), strict=True):
+                row.append(Option(slots_P=slots_P, cost=float(cost), moves=0))
 
         def look(price: float, share: float, rounds: int) -> tuple[Found, int]:
             found = search(replace(limits, move=price), share, rounds)
-            moved_L = moves_L(live, problem.placement(found.slots_LP))
-            for row, slots_P, cost, moves in zip(options, found.slots_LP, found.cost_L, moved_L, strict=True):
-                row.append(Option(slots_P=slots_P, cost=float(cost) - price * int(moves), moves=int(moves)))
-            if stays:
-                for row, slots_P, start in zip(options, live.slots_LP, found.start_cost_L, strict=True):
-                    row.append(Option(slots_P=slots_P, cost=float(start), moves=0))
+            placement = problem.placement(found.slots_LP)
+            moved_L = moves_L(live, placement)
+            for row, slots_P, cost, moves in zip(options, found.slots_LP, layer_s_L(problem, placement), moved_L, strict=True):
+                row.append(Option(slots_P=slots_P, cost=float(cost), moves=int(moves)))
             return found, int(moved_L.sum())
 
-        stays = limits.start_LP is live.slots_LP
         price, low, high = limits.move, max(limits.move, load_s / 2**14), load_s
         if rules.most_moves is not None and look(price, 1 / LOOKS, 0)[1] > rules.most_moves:
             for left in range(LOOKS, 0, -1):
@@ -133,8 +126,8 @@ class LocalSearch:
                     low = price
                 else:
                     high = price
-            for price in (high, low):  # annealing finds more at the same price than a descent
-                look(price, 0.2, 1)
+            for price in (low / 2, high * 2, high, low):  # annealing finds more at the same price than a descent
+                look(price, 0.2, ROUNDS)
         found, _ = look(price, 1.0, ROUNDS)
         picks = chosen(options, most_moves=rules.most_moves if stays else None, move_cost=limits.move)
         return found, np.array([pick.slots_P for pick in picks], np.int64)

@@ -27,15 +27,14 @@ from moesim_solvers.placement.state import Layer, State, cost, evaluate
 
 NO_SELECTION = 65535
 MOST_TOKENS = 8192  # more do not improve held-out fan-out, and time grows in proportion
-BLOCKS = 8  # consecutive parts of the sample whose differing loads show how much a device's load may drift
-MOVES = 300_000  # of the last round, times the cube root of the number of slots
+BLOCKS = 32  # consecutive parts of the sample whose differing loads show what to expect of other tokens
+SOFTNESS = 2.0  # times the softness that is best for devices of equal, independent noise
+STEEPEST = 250.0  # most a load may be above the mean in units of softness, so that its exponential stays finite
+MOVES = 150_000  # of the last round, times the cube root of the number of slots; across nodes twice as many
 MOST_WORK = 3e9  # moves times words of a token set, over all layers: larger problems get shorter rounds, to end in half a minute
-ROUNDS = 3
 CHUNK = 20_000  # moves between two looks at the clock, about 10 ms
-HOT, COLD = 0.5, 0.02  # temperatures, in typical changes of cost by a random move
-COLD_LIMITED = 0.1  # the same with a load limit, where load does not count as cost
-SOFT, FIRM = 3.0, 10.0  # price of exceeding a load limit during annealing, where travel costs of the order of one
-STRICT = 1000.0  # the same in the end: first keep the limit, then save travel
+ROUNDS = 3
+HOT, WARM, COLD = 0.5, 0.2, 0.03  # temperatures in typical changes of cost by a random move; the last round inside a node starts warm
 
 Progress = Callable[[float, float], None]
 
@@ -70,9 +69,7 @@ def search_slots(
     fanout: float = 1.0,
     node_fanout: float = 0.0,
     peak: float = 0.0,
-    load_slack: float | None = None,
-    drift: float = 1.5,
-    blocks: int = BLOCKS,
+    noise: bool = True,
     limits: Limits | None = None,
     rounds: int = ROUNDS,
     seed: int = 0,
@@ -86,8 +83,8 @@ def search_slots(
 
     Loads are `load_LE`, split evenly over replicas; travel is counted on the token sets of `experts_TLK`,
     token t going to replica `t mod count` of an expert (rule `even`, replicas numbered by slot).
-    A device's load is raised by `drift` standard errors of its mean over `blocks` consecutive parts of the sample,
-    because experts chosen together also surge together; 0 takes the loads as they are.
+    With `noise`, loads are a sample's: the ratio becomes a bound of its expectation on as many other tokens, from how loads
+    differ between consecutive parts of the sample (experts chosen together also surge together); without, they are exact.
 
     Parameters
     ----------
@@ -95,8 +92,6 @@ def search_slots(
     slots_G, node_G : slots (0: out of service) and node of each device; device g owns the g-th run of slots.
     peak : share of the price of travel that is paid for the busiest device (and node) instead of the mean one: the
         busiest port sets the time of an exchange.
-    load_slack : if given, load is no cost but a limit: the greedy balance's own ratio plus this slack
-        (both with drift), and `busy` is not used.
     limits : pins, experts apart, the live plan, slots to begin with.
     rounds : fewer than three stop after the first, shorter ones; none is the descent alone.
     time_limit_s : soft limit, looked at every few milliseconds; a result that was not cut off depends on the
@@ -113,7 +108,7 @@ def search_slots(
     experts_TLK = np.asarray(experts_TLK)
     load_LE = np.asarray(load_LE, dtype=np.float64)
     slots_G, node_G = np.asarray(slots_G, dtype=np.int64), np.asarray(node_G, dtype=np.int64)
-    _check(experts_TLK, load_LE, slots_G, node_G, (busy, fanout, node_fanout, load_slack or 0.0, drift, peak, 1.0 - peak))
+    _check(experts_TLK, load_LE, slots_G, node_G, (busy, fanout, node_fanout, peak, 1.0 - peak))
     limits = limits or Limits()
     node_G = np.unique(node_G, return_inverse=True)[1].astype(np.int64)
     if len(experts_TLK) > MOST_TOKENS:
@@ -123,16 +118,13 @@ def search_slots(
     slots = int(first_G[-1])
     live = int(np.count_nonzero(slots_G))
     turn_RW = _turns(len(experts_TLK), min(live, slots - experts + 1))
-    limited = load_slack is not None
-    most_moves = min(MOVES * math.cbrt(slots), MOST_WORK / (layers * turn_RW.shape[1] or 1))
-    unit = max(0.0 if limited else busy, fanout, node_fanout) or 1.0  # the search knows prices of the order of one
-    soft, firm, full = (SOFT, FIRM, STRICT) if limited else (busy / unit,) * 3
-    cold = COLD_LIMITED if limited else COLD
+    inside = len(np.unique(node_G[slots_G > 0])) == 1
+    most_moves = min(MOVES * math.cbrt(slots) * (1 if inside else 2), MOST_WORK / (layers * turn_RW.shape[1] or 1))
+    unit = max(busy, fanout, node_fanout) or 1.0  # the search knows prices of the order of one
     flat, nodes_live = 1.0 - peak, len(np.unique(node_G[slots_G > 0]))
-    price_5 = np.array([full, flat * fanout, flat * node_fanout, peak * fanout * live, peak * node_fanout * nodes_live])
-    price_5[1:] /= unit
+    price_5 = np.array([busy, flat * fanout, flat * node_fanout, peak * fanout * live, peak * node_fanout * nodes_live]) / unit
     device_P = np.repeat(np.arange(len(slots_G)), slots_G)
-    nothing = np.zeros((0, 0), np.bool_)
+    nothing, nothing_EE = np.zeros((0, 0), np.bool_), np.zeros((0, 0))
 
     def prepare(layer: int) -> _Task:
         start_P = balanced_slots(load_LE[layer], first_G) if limits.start_LP is None else limits.start_LP[layer].astype(np.int64)
@@ -141,26 +133,20 @@ def search_slots(
             member_EW=_members(experts_TLK[:, layer], experts),
             turn_RW=turn_RW,
             load_E=load_LE[layer],
-            drift_EB=_drift(experts_TLK[:, layer], load_LE[layer], drift, blocks),
+            noise_EE=_noise(experts_TLK[:, layer], load_LE[layer]) if noise else nothing_EE,
             first_G=first_G,
             device_P=device_P,
             node_G=node_G,
             price_5=price_5,
-            mean=max(float(load_LE[layer].sum()) / live, 1e-300),
-            load_limit=0.0,
-            peak_limit=0.0,
+            per_mean=live / max(float(load_LE[layer].sum()), 1e-300),
+            soft=0.0,
             tokens=max(len(experts_TLK), 1),
             pin_GE=nothing if limits.pinned_LGE is None else limits.pinned_LGE[layer],
             apart_EE=nothing if limits.apart_LEE is None else limits.apart_LEE[layer],
             live_GE=nothing if limits.live_LGE is None else limits.live_LGE[layer],
             move=limits.move / unit,
         )
-        state = _state(given, greedy_P, 0)
-        if load_slack is not None:
-            given = given._replace(
-                load_limit=float(state.load_G.max()) / given.mean + load_slack,
-                peak_limit=float(state.peak_G.max()) / given.mean + load_slack,
-            )
+        given = given._replace(soft=_softness(given, _state(given, greedy_P, 0), live))
         return _Task(given=given, start_P=start_P, best_P=start_P.copy(), best_1=np.array([cost(given, _state(given, start_P, 0))]))
 
     def improve(layer: int, task: _Task, round_: int) -> bool:
@@ -169,13 +155,14 @@ def search_slots(
         draw = np.random.SeedSequence([seed, layer, round_]).generate_state(1, np.uint64)[0]
         moves = int(most_moves) // 4 ** (ROUNDS - 1 - round_) if rounds else 0
         state = _state(task.given, task.start_P, draw)
-        step = typical_step(task.given, state, 0.0 if limited else full, 200) if moves else 0.0
+        step = typical_step(task.given, state, 200) if moves else 0.0
         state = _state(task.given, task.start_P, draw)
         best_P, best_1 = task.start_P.copy(), np.array([cost(task.given, state)])
+        hot = WARM if inside and round_ == ROUNDS - 1 else HOT
         done = 0
         while step > 0 and done < moves and time.monotonic() < stop_s:
             until = min(done + CHUNK, moves)
-            anneal(task.given, state, best_P, best_1, done, until, moves, HOT * step, cold * step, soft, firm)
+            anneal(task.given, state, best_P, best_1, done, until, moves, hot * step, COLD * step)
             done = until
         state = _state(task.given, best_P, draw)
         fresh_G = np.ones(len(node_G), np.bool_)
@@ -217,14 +204,13 @@ def compile_kernels() -> None:
         member_EW=np.ones((2, 1), np.uint64),
         turn_RW=np.ones((3, 1), np.uint64),
         load_E=np.ones(2),
-        drift_EB=np.zeros((2, 0)),
+        noise_EE=np.zeros((2, 2)),
         first_G=np.array([0, 1, 2]),
         device_P=np.array([0, 1]),
         node_G=np.array([0, 1]),
         price_5=np.ones(5),
-        mean=1.0,
-        load_limit=0.0,
-        peak_limit=0.0,
+        per_mean=1.0,
+        soft=1.0,
         tokens=1,
         pin_GE=np.zeros((0, 0), np.bool_),
         apart_EE=np.zeros((0, 0), np.bool_),
@@ -233,8 +219,8 @@ def compile_kernels() -> None:
     )
     balanced_slots(given.load_E, given.first_G)
     state = _state(given, np.array([0, 1]), 0)
-    typical_step(given, state, 1.0, 1)
-    anneal(given, state, np.array([0, 1]), np.zeros(1), 0, 1, 1, 1.0, 1.0, 1.0, 1.0)
+    typical_step(given, state, 1)
+    anneal(given, state, np.array([0, 1]), np.zeros(1), 0, 1, 1, 1.0, 1.0)
     descend(given, state, np.ones(2, np.bool_))
 
 
@@ -246,6 +232,7 @@ def _state(given: Layer, slots_P: NDArray[np.int64], draw: np.uint64 | int) -> S
         slots_P=slots_P.copy(),
         home_EX=np.zeros((experts, slots - experts + 2), np.int64),
         count_E=np.zeros(experts, np.int64),
+        share_E=np.ones(experts),
         bits_PW=np.zeros((slots, words), np.uint64),
         size_P=np.zeros(slots, np.int64),
         any_GW=np.zeros((devices, words), np.uint64),
@@ -255,10 +242,20 @@ def _state(given: Layer, slots_P: NDArray[np.int64], draw: np.uint64 | int) -> S
         reach_G=np.zeros(devices, np.int64),
         reach_N=np.zeros(nodes, np.int64),
         load_G=np.zeros(devices),
-        drift_GB=np.zeros((devices, given.drift_EB.shape[1])),
-        peak_G=np.zeros(devices),
+        sway_GE=np.zeros((devices, experts)),
+        noise_G=np.zeros(devices),
+        tail_G=np.zeros(devices),
+        busy_2=np.zeros(2),
         dirty_G=np.zeros(devices, np.bool_),
-        stale_N=np.zeros(nodes, np.bool_),
+        dirty_N=np.zeros(nodes, np.bool_),
+        alone_PG=np.zeros((slots, devices), np.int64),
+        alone_PN=np.zeros((slots, nodes), np.int64),
+        when_PG=np.zeros((slots, devices), np.int64),
+        when_PN=np.zeros((slots, nodes), np.int64),
+        born_P=np.zeros(slots, np.int64),
+        turned_G=np.zeros(devices, np.int64),
+        turned_N=np.zeros(nodes, np.int64),
+        clock_1=np.zeros(1, np.int64),
         draw_1=np.array([draw], np.uint64),
     )
     evaluate(given, state)
@@ -278,16 +275,24 @@ def _turns(tokens: int, most: int) -> NDArray[np.uint64]:
     return np.vstack([packed(np.arange(tokens) % n == np.arange(n)[:, None]) for n in range(1, most + 1)])
 
 
-def _drift(experts_TK: NDArray[np.integer], load_E: NDArray[np.float64], drift: float, blocks: int) -> NDArray[np.float64]:
-    """Deviation of each expert's load in each of B consecutive parts, so scaled that a device's root sum of
-    squares over its experts' sums is `drift` standard errors of its load. Returns [E, B]."""
-    parts = np.array_split(experts_TK, min(blocks, len(experts_TK))) if drift and len(experts_TK) > 1 else []
-    if not parts:
-        return np.zeros((len(load_E), 0))
+def _noise(experts_TK: NDArray[np.integer], load_E: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Covariance [E, E] of what the experts' loads differ by on as many other tokens, from how they differ between consecutive
+    parts of the sample: twice that of their mean, as those tokens are a sample, too. Empty where there is nothing to compare."""
+    if len(experts_TK) < 2:
+        return np.zeros((0, 0))
+    parts = np.array_split(experts_TK, min(BLOCKS, len(experts_TK)))
     count_BE = np.array([np.bincount(part[part != NO_SELECTION], minlength=len(load_E)) for part in parts])
     share_BE = count_BE / np.maximum(count_BE.sum(1, keepdims=True), 1)
     deviation_BE = (share_BE - share_BE.mean(0)) * load_E.sum()
-    return np.ascontiguousarray(deviation_BE.T) * (drift / math.sqrt(len(parts) * (len(parts) - 1)))
+    return np.asarray(np.einsum("be,bf->ef", deviation_BE, deviation_BE) * (2.0 / (len(parts) * (len(parts) - 1))))
+
+
+def _softness(given: Layer, state: State, live: int) -> float:
+    """Softness of the busiest load: in proportion to the noisiest device's standard deviation σ, in mean loads; σ / √(2 ln G) makes
+    the bound tightest for G devices of equal, independent noise. 0 without noise."""
+    noise = math.sqrt(max(float(state.noise_G.max()), 0.0)) * given.per_mean
+    steep = (float(state.load_G.max()) * given.per_mean - 1.0) / STEEPEST
+    return max(SOFTNESS * noise / math.sqrt(2.0 * math.log(max(live, 2))), steep) if noise > 0.0 else 0.0
 
 
 def _check(
@@ -314,4 +319,4 @@ def _check(
     if slots_G.sum() < experts or slots_G.max() > experts:
         raise InputError(f"slots_G {slots_G.tolist()} for {experts} experts; give {experts} slots or more in all and no device more than {experts}")
     if not all(math.isfinite(price) and price >= 0 for price in prices):
-        raise InputError(f"prices, slack and drift {prices} must be finite and >= 0")
+        raise InputError(f"prices {prices} must be finite and >= 0, peak at most 1")
