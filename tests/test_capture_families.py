@@ -13,9 +13,13 @@ import torch
 from capture_scripts.families import FAMILIES, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from typer.testing import CliRunner
 
 from moesim import ModelSpec, load_trace
 from moesim.capture import capture
+from moesim.capture.routers import adapter_for
+from moesim.cli import app
+from moesim.errors import CaptureError, TraceError
 from moesim.trace import NO_EXPERT
 
 pytest.importorskip("transformers")
@@ -79,8 +83,8 @@ def aligned(ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.take_along_axis(ids, order, -1), np.take_along_axis(weights, order, -1)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_captured_choice_and_weights_are_those_the_experts_got(kind: str, tmp_path: Path) -> None:
+def family(kind: str) -> tuple[nn.Module, dict[str, Tensor], ModelSpec | None]:
+    """A tiny model, what it is called with, and its description where its config has none."""
     model = tiny_model(kind)
     inputs: dict[str, Tensor] = {"input_ids": TOKENS}
     spec = None
@@ -88,6 +92,12 @@ def test_captured_choice_and_weights_are_those_the_experts_got(kind: str, tmp_pa
         inputs["decoder_input_ids"] = TOKENS[:, :4]
     if kind == "nllb-moe":
         spec = ModelSpec(name=kind, layers=4, moe_layers=(1, 3), hidden=32, intermediate=32, experts=4, top_k=2)
+    return model, inputs, spec
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_captured_choice_and_weights_are_those_the_experts_got(kind: str, tmp_path: Path) -> None:
+    model, inputs, spec = family(kind)
     expected = reference(model, kind, lambda: model(**inputs))
     with capture(model, tmp_path / "t", model_spec=spec) as recorder, torch.no_grad():
         model(**inputs)
@@ -109,6 +119,88 @@ def test_captured_choice_and_weights_are_those_the_experts_got(kind: str, tmp_pa
         other = np.setdiff1d(np.arange(len(experts_TLK)), np.arange(len(experts_TLK))[rows])
         assert (experts_TLK[other, index] == NO_EXPERT).all()  # the other stack's tokens did not pass here
     assert np.concatenate([b.columns["token_id"] for b in batches]).tolist() == torch.cat([x.flatten() for x in inputs.values()]).tolist()
+
+
+# the choice is the top k of the logits alone: no bias, no groups, no capacity
+TOP_OF_LOGITS = {
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "flex_olmo", "gpt_oss", "granitemoe", "jamba", "hunyuan_v1_moe",
+    "llama4_text", "jetmoe",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "dbrx"])
+def test_captured_logits_are_the_routers_input_times_its_matrix(kind: str, tmp_path: Path) -> None:
+    model, inputs, spec = family(kind)
+    expected: list[np.ndarray] = []
+
+    def multiply(module: nn.Module, args: tuple[Tensor, ...], _: Any) -> None:
+        matrix = next(parameter for parameter in module.parameters() if parameter.ndim == 2)
+        bias = getattr(module, "bias", None)
+        expected.append(F.linear(args[0].flatten(0, -2), matrix, bias if isinstance(bias, Tensor) else None).numpy())
+
+    with capture(model, tmp_path / "t", model_spec=spec, logits=True) as recorder, torch.no_grad():
+        handles = [router.module.register_forward_hook(multiply) for router in recorder.routers]
+        model(**inputs)
+    assert handles
+    trace = load_trace(tmp_path / "t")
+    batches = list(trace.batches(logits=True))
+    experts_TLK, logits_TLE = (np.concatenate([getattr(b, name) for b in batches]) for name in ("experts_TLK", "logits_TLE"))
+    assert logits_TLE.dtype == np.float16
+    assert len(expected) == logits_TLE.shape[1]
+    assert logits_TLE.shape[2] == trace.model.experts
+    begin = 0
+    for index, values in enumerate(expected):
+        rows = slice(0, len(values)) if len(inputs) == 1 else slice(begin, begin + len(values))
+        begin += len(values)
+        np.testing.assert_allclose(logits_TLE[rows, index], values, rtol=1e-3, atol=1e-5)  # half a unit of float16 is 4.9e-4
+        assert np.isnan(np.delete(logits_TLE[:, index], rows, axis=0)).all()  # the other stack's tokens did not pass here
+        if kind in TOP_OF_LOGITS:
+            best = np.argsort(-logits_TLE[rows, index].astype(np.float32))[:, : trace.info.top_k]
+            np.testing.assert_array_equal(np.sort(best), np.sort(experts_TLK[rows, index]))
+
+
+def test_a_router_that_gives_no_logits_is_said_at_the_start(tmp_path: Path) -> None:
+    model = tiny_model("dbrx")
+    with pytest.raises(CaptureError, match=r"DbrxExperts\) gives no router logits, like 3 of 3 routers; capture with logits=False"):
+        capture(model, tmp_path / "t", logits=True)
+    assert not (tmp_path / "t").exists()
+    with pytest.warns(RuntimeWarning, match="Capturing without logits"):
+        recorder = capture(model, tmp_path / "t", logits=True, on_error="warn")
+    with recorder, torch.no_grad():
+        model(input_ids=TOKENS)
+    trace = load_trace(tmp_path / "t")
+    assert trace.tokens == TOKENS.numel()
+    with pytest.raises(TraceError, match="router logits were not captured"):
+        next(trace.batches(logits=True))
+
+
+def test_probabilities_are_not_taken_for_logits() -> None:
+    router = pytest.importorskip("transformers.models.gemma4.modeling_gemma4").Gemma4TextRouter
+    adapter = adapter_for(router.__new__(router), None)
+    assert adapter is not None
+    assert adapter.logits is None
+
+
+def test_logits_of_another_number_of_experts_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    spec = replace(ModelSpec.from_hf(model.config), experts=9)
+    recorder = capture(model, tmp_path / "t", model_spec=spec, logits=True)
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    with pytest.raises(CaptureError, match="gave logits of 8 experts, the model's description says 9"):
+        recorder.close()
+
+
+def test_the_command_line_stores_logits(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\nfrom capture_scripts.families import tiny_model\ntiny_model('mixtral')(input_ids=torch.ones(2, 5, dtype=torch.long))\n"
+    )
+    done = CliRunner().invoke(app, ["capture", "-o", str(tmp_path / "t"), "--logits", "--", str(script)])
+    assert done.exit_code == 0, done.output
+    (batch,) = load_trace(tmp_path / "t").batches(logits=True)
+    assert batch.logits_TLE is not None
+    assert batch.logits_TLE.shape == (10, 3, 8)
 
 
 def test_ids_are_those_recomputed_from_the_logits_in_a_second_pass(tmp_path: Path) -> None:

@@ -241,7 +241,8 @@ def test_a_script_is_captured_unchanged(how: str, tmp_path: Path) -> None:
 
 
 def test_a_module_is_captured_and_its_exit_status_kept(tmp_path: Path) -> None:
-    status = run_script(["-m", "capture_scripts.plain_train", "--exit", "3"], tmp_path / "t", model_spec=tiny_spec())
+    status = run_script(["-m", "capture_scripts.plain_train", "--exit", "3"], tmp_path / "t", model_spec=tiny_spec(), logits=True)
+    assert load_trace(tmp_path / "t").info.logits
     assert status == 3
     assert load_trace(tmp_path / "t").tokens == 32
 

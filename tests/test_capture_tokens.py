@@ -127,25 +127,30 @@ def test_joined_passes_are_the_passes_one_by_one(on_device: bool, tmp_path: Path
         Router(name=f"r{layer}", module=nn.Identity(), adapter=Adapter(name="x", read=lambda *_: _), layer=layer, owner="") for layer in range(3)
     ]
     for kind in (torch.int64, torch.int32, torch.uint16, torch.int64):
-        passes.append([(layer, torch.randint(0, 4, (6, 2), generator=generator).to(kind), None) for layer in range(3)])
+        ids, logits = torch.randint(0, 4, (3, 6, 2), generator=generator).to(kind), torch.randn(3, 6, 8, generator=generator)
+        passes.append([(layer, ids[layer], None, logits[layer]) for layer in range(3)])
     passes[1][1][1][0] = -1
+    passes[1][1][3][0] = torch.finfo(torch.float32).min  # how a router masks
     del passes[3][2]
-    expected = [np.stack([ids.numpy().astype(np.uint16) for _, ids, _ in kept], axis=1) for kept in passes[:3]]
-    last = np.stack([ids.numpy() for _, ids, _ in passes[3]], axis=1)
+    expected = [np.stack([ids.numpy().astype(np.uint16) for _, ids, *_ in kept], axis=1) for kept in passes[:3]]
+    last = np.stack([ids.numpy() for _, ids, *_ in passes[3]], axis=1)
     expected.append(np.concatenate([last, np.full((6, 1, 2), NO_EXPERT)], axis=1).astype(np.uint16))
-    passes[0] = [(layer, ids[rows], None) for rows in (slice(4), slice(4, 6)) for layer, ids, _ in passes[0]]
-    with TraceWriter(tmp_path / "t", tiny_spec(), weights=False) as writer:
+    scores = [np.stack([values.half().numpy() for *_, values in kept], axis=1) for kept in passes]
+    scores[3] = np.concatenate([scores[3], np.full((6, 1, 8), np.nan)], axis=1)
+    passes[0] = [(layer, ids[rows], None, values[rows]) for rows in (slice(4), slice(4, 6)) for layer, ids, _, values in passes[0]]
+    with TraceWriter(tmp_path / "t", tiny_spec(), weights=False, logits=True) as writer:
         rows = RowBuffer(writer, [group])
         for number, kept in enumerate(passes):
             label = forward(2, 3, prompt=number, domain=("a", "b") if number == 2 else "c")
             arrays = {"mask": np.ones((2, 3))}
             if on_device:
-                arrays |= {name: tensor.numpy() for name, tensor in stacked(gather(group, kept, width=2, weights=False)).items()}
+                arrays |= {name: tensor.numpy() for name, tensor in stacked(gather(group, kept, writer.info.widths)).items()}
             rows.add(Pass(label, 6, 96, () if on_device else kept), arrays)
         rows.flush()
     trace = load_trace(tmp_path / "t")
     np.testing.assert_array_equal(trace.experts(), np.concatenate(expected))
-    (batch,) = trace.batches(columns=("sequence", "position", "domain"))
+    (batch,) = trace.batches(columns=("sequence", "position", "domain"), logits=True)
+    np.testing.assert_array_equal(batch.logits_TLE, np.concatenate(scores))
     assert batch.columns["sequence"].tolist() == np.repeat(np.arange(8), 3).tolist()
     assert batch.columns["position"].tolist() == [0, 1, 2] * 8
     assert batch.columns["domain"].tolist() == ["c"] * 12 + ["a"] * 3 + ["b"] * 3 + ["c"] * 6

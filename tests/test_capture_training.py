@@ -200,12 +200,13 @@ def test_hooks_placed_before_compilation_record_every_layer(how: str, reentrant:
 @pytest.mark.usefixtures("dynamo")
 def test_a_compiled_transformers_model_is_captured(tmp_path: Path) -> None:
     model = tiny_model("mixtral", num_hidden_layers=2)
-    with capture(model, tmp_path / "t"), torch.no_grad():
+    with capture(model, tmp_path / "t", logits=True), torch.no_grad():
         torch.compile(model, backend="eager", fullgraph=True)(input_ids=tokens(0))
     with torch.no_grad():
-        logits = model(input_ids=tokens(0), output_router_logits=True).router_logits
-    expected = torch.stack([x.softmax(-1).topk(2, dim=-1).indices for x in logits], 1)
-    np.testing.assert_array_equal(load_trace(tmp_path / "t").experts(), expected.numpy())
+        logits = torch.stack(model(input_ids=tokens(0), output_router_logits=True).router_logits, 1)
+    (batch,) = load_trace(tmp_path / "t").batches(logits=True)
+    np.testing.assert_array_equal(batch.experts_TLK, logits.softmax(-1).topk(2, dim=-1).indices.numpy())
+    np.testing.assert_allclose(batch.logits_TLE, logits.numpy(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -321,9 +322,10 @@ def test_outputs_are_bit_identical_and_nothing_is_held_afterwards(tmp_path: Path
     assert alive() is None
 
 
-def test_nothing_of_the_autograd_graph_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("logits", [False, True])
+def test_nothing_of_the_autograd_graph_is_kept(logits: bool, tmp_path: Path) -> None:
     model = TinyMoE()
-    with capture(model, tmp_path / "t", model_spec=tiny_spec()) as recorder:
+    with capture(model, tmp_path / "t", model_spec=tiny_spec(), logits=logits) as recorder:
         hidden = model(tokens(0))
         kept = [weakref.ref(hidden)]
         model.layers[1].register_forward_hook(lambda _, inputs, output: kept.append(weakref.ref(output)))

@@ -225,6 +225,8 @@ def test_hostile_parquet_is_refused_with_its_place(trace: Trace) -> None:
         "damaged trace metadata": table.replace_schema_metadata({b"moesim": b"{"}),
         "trace format 99": with_meta(format_version=99),
         "top_k": with_meta(top_k=10**9),
+        "'weights' and 'logits' must be": with_meta(logits=1),
+        "'logits_1' is missing": with_meta(logits=True),
         "absurd": table.replace_schema_metadata({b"moesim": b" " * (5 << 20)}),
         "'experts_2' is missing": table.drop_columns(["experts_2"]),
         "'step' holds": table.set_column(schema.get_field_index("step"), "step", table["step"].cast(pa.float64())),
@@ -354,10 +356,10 @@ def test_a_trace_is_small(tmp_path: Path) -> None:
     assert size <= 1.1 * ids.size  # one byte per id is what 64 experts need in memory
 
 
-def test_gate_weights_are_stored_in_an_encoding_that_duckdb_reads(tmp_path: Path) -> None:
-    with TraceWriter(tmp_path / "t", tiny_model(top_k=2), weights=True) as writer:
-        layers = len(writer.info.model.moe_layers)
-        writer.append(np.zeros((5, layers, 2), np.uint16), weights=np.ones((5, layers, 2)))
+def test_weights_and_logits_are_stored_in_an_encoding_that_duckdb_reads(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "t", tiny_model(top_k=2), weights=True, logits=True) as writer:
+        layers, experts = len(writer.info.model.moe_layers), writer.info.model.experts
+        writer.append(np.zeros((5, layers, 2), np.uint16), weights=np.ones((5, layers, 2)), logits=np.ones((5, layers, experts)))
     group = pq.ParquetFile(next((tmp_path / "t").glob("part-*"))).metadata.row_group(0)
     for column in map(group.column, range(group.num_columns)):  # DuckDB 2.0 splits bytes of 32 and 64 bits only
         assert "BYTE_STREAM_SPLIT" not in column.encodings or column.physical_type in ("INT32", "INT64")

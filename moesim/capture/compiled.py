@@ -27,7 +27,7 @@ class Listener(Protocol):
     def see(self, slot: int, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """A router returned, in eager mode."""
 
-    def keep(self, slot: int, ids: Tensor, weights: Tensor | None) -> None:
+    def keep(self, slot: int, ids: Tensor, weights: Tensor | None, logits: Tensor | None) -> None:
         """A router's decision, as read inside compiled code."""
 
     def end(self, stream: int) -> None:
@@ -43,11 +43,12 @@ _TAGS = (torch._C.Tag.cudagraph_unsafe,)
 
 
 @torch.library.custom_op("moesim::see", mutates_args={"token"}, tags=_TAGS)
-def see(token: Tensor, tag: Tensor, ids: Tensor, weights: Tensor | None) -> None:
+def see(token: Tensor, tag: Tensor, ids: Tensor, weights: Tensor | None, logits: Tensor | None) -> None:
     """A router's decision; `tag` is (listener, router) on the CPU: data, so that layers share compiled code."""
     listener, slot = tag.tolist()
     if listener in LISTENERS:
-        LISTENERS[listener].keep(slot, ids.clone(), None if weights is None else weights.clone())
+        copies = [None if tensor is None else tensor.clone() for tensor in (weights, logits)]
+        LISTENERS[listener].keep(slot, ids.clone(), *copies)
 
 
 @torch.library.custom_op("moesim::begin", mutates_args={"token"}, tags=_TAGS)

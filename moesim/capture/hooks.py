@@ -14,13 +14,14 @@ from moesim.capture.discover import Router
 from moesim.capture.inputs import forward_inputs, parameter_names
 
 
-def place_hooks(model: nn.Module, routers: Sequence[Router], listener: compiled.Listener, number: int) -> list[Any]:
-    """Hook every router, every module that runs layers, and the root; returns the removable handles."""
+def place_hooks(model: nn.Module, routers: Sequence[Router], listener: compiled.Listener, number: int, *, logits: bool) -> list[Any]:
+    """Hook every router, every module that runs layers, and the root; returns the removable handles. `logits`: read in compiled code too."""
     token = torch.zeros(1)
     owners = list(dict.fromkeys(router.owner for router in routers))
     handles = []
     for slot, router in enumerate(routers):
-        handles.append(router.module.register_forward_hook(_router_hook(router, slot, listener, token, torch.tensor([number, slot]))))
+        hook = _router_hook(router, slot, listener, token, torch.tensor([number, slot]), logits)
+        handles.append(router.module.register_forward_hook(hook))
     for stream, path in enumerate(owners):
         owner = model.get_submodule(path)
         sequence_first = any(r.adapter.layout == "sequence-first" for r in routers if r.owner == path)
@@ -33,14 +34,16 @@ def place_hooks(model: nn.Module, routers: Sequence[Router], listener: compiled.
 
 
 def _router_hook(
-    router: Router, slot: int, listener: compiled.Listener, token: torch.Tensor, tag: torch.Tensor
+    router: Router, slot: int, listener: compiled.Listener, token: torch.Tensor, tag: torch.Tensor, logits: bool
 ) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     read, see = router.adapter.read, listener.see
+    read_logits = router.adapter.logits if logits else None
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if is_compiling():
             ids, weights = read(module, inputs, output)
-            compiled.see(token, tag, ids, None if weights is None else weights.detach())
+            scores = None if read_logits is None else read_logits(module, inputs, output).detach()
+            compiled.see(token, tag, ids, None if weights is None else weights.detach(), scores)
         else:
             see(slot, module, inputs, output)
 

@@ -67,15 +67,19 @@ class Recorder:
         self._owners = [model.get_submodule(path) for path in owners]
         self._groups = [[router for router in routers if router.owner == path] for path in owners]
         places = [owners.index(router.owner) for router in routers]
+        info = writer.info
         # by router: its stack, its place there, how it is read
-        self._slots = [(stream, self._groups[stream].index(r), r.adapter.read) for stream, r in zip(places, routers, strict=True)]
+        self._slots = [
+            (stream, self._groups[stream].index(r), r.adapter.read, r.adapter.logits if info.logits else None)
+            for stream, r in zip(places, routers, strict=True)
+        ]
         self._step, self._microbatch, self._by_hand, self._trained = 0, 0, False, False
         self._seen, self._steps_without = 0, 0
         self._ran: set[int] = set()
         self._open, self._prompt, self._stray, self._skipped = -1, 0, 0, 0
         self._forward: tuple[Forward, dict[str, Tensor]] | None = None
         self._kept: list[Kept] = []
-        self._weights = writer.info.weights
+        self._weights, self._widths = info.weights, info.widths
         self._root_tokens: Tensor | None = None
         self._root_needed = True
         self._closed, self._pid = False, os.getpid()
@@ -83,7 +87,7 @@ class Recorder:
         self._ring = Ring(self._rows.add, self._flush, idle_s=writer.part_seconds, slots=ring_slots, when_full=when_full)
         number = next(_numbers)
         compiled.LISTENERS[number] = self
-        self._handles = place_hooks(model, routers, self, number)
+        self._handles = place_hooks(model, routers, self, number, logits=info.logits)
         self._handles.append(register_optimizer_step_post_hook(self._optimizer_stepped))
         atexit.register(self._at_exit)
 
@@ -161,26 +165,27 @@ class Recorder:
     def see(self, slot: int, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """A router returned."""
         began = perf_counter()
-        stream, index, read = self._slots[slot]
+        stream, index, read, read_logits = self._slots[slot]
         if self._open != stream:
             self._outside()
         elif self._forward is not None:
             try:
                 ids, weights = read(module, inputs, output)
+                logits = None if read_logits is None else read_logits(module, inputs, output)
             except (TypeError, ValueError, LookupError, AttributeError, CaptureError) as problem:
                 self._forward = None
                 self._fail(f"{self.routers[slot].name} cannot be read: {problem}")
             else:
-                self._kept.append((index, ids, weights))
+                self._kept.append((index, ids, weights, logits))
         self.overhead_s += perf_counter() - began
 
-    def keep(self, slot: int, ids: Tensor, weights: Tensor | None) -> None:
+    def keep(self, slot: int, ids: Tensor, weights: Tensor | None, logits: Tensor | None) -> None:
         """A router's decision, as read inside compiled code."""
-        stream, index, _ = self._slots[slot]
+        stream, index, *_ = self._slots[slot]
         if self._open != stream:
             self._outside()
         elif self._forward is not None:
-            self._kept.append((index, ids, weights))
+            self._kept.append((index, ids, weights, logits))
 
     def _outside(self) -> None:
         """A router was called outside a forward pass of its owner."""
@@ -207,23 +212,24 @@ class Recorder:
 
     def _hand_over(self, forward: Forward, tensors: dict[str, Tensor], kept: list[Kept]) -> None:
         group = self._groups[forward.stream]
-        heard = {index for index, _, _ in kept}
+        heard = {one[0] for one in kept}
         if len(heard) < len(group):
             self._refuse_silent([router for index, router in enumerate(group) if index not in heard], forward)
         on_cpu, decided = True, []
-        for index, ids, weights in kept:
+        for index, ids, weights, logits in kept:
             # the graph behind the weights must not live on; all of them here, where `detach` is cold only once
             gates = weights.detach() if weights is not None and self._weights else None
-            decided.append((index, ids, gates))
-            on_cpu = on_cpu and ids.is_cpu and (gates is None or gates.is_cpu)
+            scores = logits.detach() if logits is not None else None
+            decided.append((index, ids, gates, scores))
+            on_cpu = on_cpu and ids.is_cpu and (gates is None or gates.is_cpu) and (scores is None or scores.is_cpu)
         first = decided[0]
         calls = [first] if len(kept) == len(heard) else [call for call in decided if call[0] == first[0]]
-        rows = sum([ids.numel() // ids.shape[-1] for _, ids, _ in calls])
+        rows = sum([ids.numel() // ids.shape[-1] for _, ids, *_ in calls])
         if on_cpu:
             # what a sliced tensor holds is all of its storage
             size_B = len(decided) * sum([tensor.untyped_storage().nbytes() for tensor in first[1:] if tensor is not None])
         else:
-            tensors |= stacked(gather(group, decided, width=self.writer.info.top_k, weights=self._weights))
+            tensors |= stacked(gather(group, decided, self._widths))
             decided, size_B = [], sum(tensor.nbytes for tensor in tensors.values())
         if self._ring.put(Pass(forward, rows, size_B, decided), tensors, size_B):
             self.forwards += 1

@@ -2,7 +2,8 @@
 
 An adapter names a module class and has a `read(module, inputs, output) -> (ids_TK, weights_TK | None)`. It reads what
 the forward pass decided and never decides again: ids cannot be rebuilt from logits where a bias or a group mask takes part.
-No selection (a dropped token, a shorter choice) is -1.
+No selection (a dropped token, a shorter choice) is -1. Where the router gives its logits too (before softmax or sigmoid, bias
+and masks), `logits(module, inputs, output) -> logits_TE` reads them.
 
 Contracts read in transformers 5.23.0, torchtitan 0.3.0, Megatron-Core 0.16, DeepSpeed 0.19, MegaBlocks 0.10.
 """
@@ -21,15 +22,17 @@ if TYPE_CHECKING:
 
 Reading = tuple["Tensor", "Tensor | None"]
 Read = Callable[[Any, tuple[Any, ...], Any], Reading]
+ReadLogits = Callable[[Any, tuple[Any, ...], Any], "Tensor"]
 Layout = Literal["batch-first", "sequence-first"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
-    """How to read one family of routers; `layout` says in which order the rows of a batch of sequences come."""
+    """How to read one family of routers; `logits` is None where it gives none, `layout` the order of the rows of a batch of sequences."""
 
     name: str
     read: Read
+    logits: ReadLogits | None = None
     layout: Layout = "batch-first"
 
 
@@ -37,16 +40,17 @@ _REGISTERED: dict[str, Adapter] = {}
 _HF_ROUTER = re.compile(r"(Router|MoEV1Gate)$")
 
 
-def register_router(router: type[nn.Module] | str, read: Read, *, layout: Layout = "batch-first") -> None:
+def register_router(router: type[nn.Module] | str, read: Read, *, logits: ReadLogits | None = None, layout: Layout = "batch-first") -> None:
     """Teach capture a router class, by class or class name; a later registration replaces an earlier one.
 
     `read(module, inputs, output)` returns the ids (whole numbers, last axis K, -1 = none) and the gate weights of the
-    same shape, or None. It runs in the model's forward pass: pick tensors out, do not copy or synchronise.
+    same shape, or None; `logits`, called the same way, the router's logits of all E experts. They run in the model's
+    forward pass: pick tensors out, do not copy or synchronise.
 
         >>> register_router("MyGate", lambda module, inputs, output: (output.chosen, output.gates))
     """
     name = router if isinstance(router, str) else router.__name__
-    _REGISTERED[name] = Adapter(name=f"registered {name}", read=read, layout=layout)
+    _REGISTERED[name] = Adapter(name=f"registered {name}", read=read, logits=logits, layout=layout)
 
 
 def adapter_for(module: nn.Module, parent: nn.Module | None) -> Adapter | None:
@@ -152,21 +156,35 @@ def _mismatch(module: nn.Module, output: Any, wanted: str) -> str:
     return f"router {type(module).__name__} returned {', '.join(kinds)}, expected {wanted}; adapt it with moesim.capture.register_router"
 
 
-_HF = Adapter(name="hugging face", read=read_hf)
+def _item(index: int) -> ReadLogits:
+    return lambda module, inputs, output: output[index]
 
+
+_HF = Adapter(name="hugging face", read=read_hf, logits=_item(0))
+
+# how ids and weights are read, and which item of the output is the logits
+_READS: dict[tuple[str, str], tuple[Read | None, int | None]] = {
+    ("transformers", "Llama4Router"): (read_llama4, 1),
+    ("transformers", "JetMoeTopKGating"): (read_jetmoe, 4),
+    ("transformers", "DbrxRouter"): (None, None),  # logits only
+    ("transformers", "DbrxExperts"): (read_experts_inputs, None),
+    ("transformers", "SwitchTransformersTop1Router"): (read_switch, 2),
+    ("transformers", "NllbMoeTop2Router"): (read_nllb, 2),
+    ("transformers", "Gemma4TextRouter"): (read_hf, None),  # the first item is probabilities
+    ("transformers", "DiffusionGemmaTextRouter"): (read_hf, None),
+    ("transformers_modules", "MoEGate"): (read_deepseek_gate, None),
+    ("torchtitan", "TokenChoiceTopKRouter"): (read_torchtitan, None),
+    ("megatron", "TopKRouter"): (read_megatron, None),
+    ("deepspeed", "TopKGate"): (read_deepspeed, None),
+    ("megablocks", "LearnedRouter"): (read_megablocks, None),
+}
 _BUILT_IN: dict[tuple[str, str], Adapter | None] = {
-    place: read and Adapter(name=".".join(place), read=read, layout="sequence-first" if place[0] == "megatron" else "batch-first")
-    for place, read in {
-        ("transformers", "Llama4Router"): read_llama4,
-        ("transformers", "JetMoeTopKGating"): read_jetmoe,
-        ("transformers", "DbrxRouter"): None,  # logits only
-        ("transformers", "DbrxExperts"): read_experts_inputs,
-        ("transformers", "SwitchTransformersTop1Router"): read_switch,
-        ("transformers", "NllbMoeTop2Router"): read_nllb,
-        ("transformers_modules", "MoEGate"): read_deepseek_gate,
-        ("torchtitan", "TokenChoiceTopKRouter"): read_torchtitan,
-        ("megatron", "TopKRouter"): read_megatron,
-        ("deepspeed", "TopKGate"): read_deepspeed,
-        ("megablocks", "LearnedRouter"): read_megablocks,
-    }.items()
+    place: read
+    and Adapter(
+        name=".".join(place),
+        read=read,
+        logits=None if at is None else _item(at),
+        layout="sequence-first" if place[0] == "megatron" else "batch-first",
+    )
+    for place, (read, at) in _READS.items()
 }

@@ -20,7 +20,7 @@ from moesim.capture.gather import Kept, Layers, gather
 from moesim.capture.tokens import Forward, Sequences, token_columns
 from moesim.trace import NO_EXPERT, Coded, TraceWriter
 
-_KINDS = {"experts": (np.uint16, NO_EXPERT), "weights": (np.float16, 0)}
+_KINDS = {"experts": (np.uint16, NO_EXPERT), "weights": (np.float16, 0), "logits": (np.float16, np.nan)}
 MOST_ROWS, MOST_B = 1 << 14, 1 << 24
 
 
@@ -42,14 +42,14 @@ class RowBuffer:
 
     def __init__(self, writer: TraceWriter, groups: Sequence[Sequence[Router]]) -> None:
         self.unmatched = 0
-        self._writer, self._groups = writer, groups
+        self._writer, self._groups, self._widths = writer, groups, writer.info.widths
         self._most_rows, self._most_s = min(MOST_ROWS, max(1, writer.part_rows // 4)), writer.part_seconds / 4
         self._sequences = Sequences()
         self._passes: list[tuple[Pass, dict[str, NDArray[Any]]]] = []
         self._rows, self._size_B, self._since = 0, 0, 0.0
 
     def add(self, one: Pass, arrays: dict[str, NDArray[Any]]) -> None:
-        """Take one pass; `arrays` are as `token_columns` takes them, with `experts` and perhaps `weights` [L, R, K] if nothing was kept."""
+        """Take one pass; `arrays` are as `token_columns` takes them, with what `gather.stacked` gives if nothing was kept."""
         if not self._passes:
             self._since = time.monotonic()
         self._passes.append((one, arrays))
@@ -72,18 +72,18 @@ class RowBuffer:
             columns.append(found)
         sizes = [one.rows for one, _ in passes]
         joined = {name: _joined([found[name] for found in columns], sizes) for name in columns[0]}
-        gates = self._filled("weights", decided, total) if self._writer.info.weights else None
-        self._writer.append(self._filled("experts", decided, total), weights=gates, **joined)
+        with np.errstate(over="ignore"):  # a logit that masks an expert may be the least float32: -inf in a trace
+            filled = {what: self._filled(what, decided, total) for what in self._widths}
+        self._writer.append(filled["experts"], weights=filled.get("weights"), logits=filled.get("logits"), **joined)
 
     def _decided(self, one: Pass) -> Layers:
-        info = self._writer.info
-        return gather(self._groups[one.forward.stream], one.kept, width=info.top_k, weights=info.weights)
+        return gather(self._groups[one.forward.stream], one.kept, self._widths)
 
     def _filled(self, what: str, decided: Sequence[tuple[Pass, Any]], total: int) -> dict[int, NDArray[Any]]:
-        """By layer [T, K]: every pass converted straight into its rows."""
+        """By layer [T, K] or [T, E]: every pass converted straight into its rows."""
         kind, filler = _KINDS[what]
         layers = self._writer.info.model.moe_layers
-        room = np.empty((len(layers), total, self._writer.info.top_k), kind)
+        room = np.empty((len(layers), total, self._widths[what]), kind)
         by_layer = dict(zip(layers, room, strict=True))
         begin = 0
         for one, layered in decided:
@@ -122,5 +122,5 @@ def _joined(values: Sequence[Any], sizes: Sequence[int]) -> Any:
     return (
         np.repeat(np.asarray(values), sizes)
         if all(np.ndim(v) == 0 for v in values)
-        else np.concatenate([np.broadcast_to(value, rows) for value, rows in zip(values, sizes, strict=True)])
+        else np.concatenate([value if np.ndim(value) else np.broadcast_to(value, rows) for value, rows in zip(values, sizes, strict=True)])
     )

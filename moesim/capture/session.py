@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def capture(
     *,
     domain: str = "",
     weights: bool = True,
+    logits: bool = False,
     model_spec: ModelSpec | None = None,
     every: int = 1,
     max_tokens: int | None = None,
@@ -50,6 +52,8 @@ def capture(
         what the text is; `recorder.step(domain=...)` changes it.
     weights
         store gate weights beside the ids.
+    logits
+        store the routers' logits of all experts too, as float16: E/K times the room of the weights.
     model_spec
         shape of the model; read from its Hugging Face config when None.
     every, max_tokens
@@ -59,13 +63,14 @@ def capture(
     when_full
         "block" the run, or "drop" whole passes (counted in the manifest), when the disk is slower than the routing.
     ring_slots
-        forward passes that may wait for the writer, each of T·L·K·4 bytes.
+        forward passes that may wait for the writer, each of T·L·K·4 bytes, with logits T·L·E·4 more.
     part_rows, part_seconds
         a part of the trace is made durable after so many tokens or seconds; a crash loses at most that.
 
     In a distributed run every process calls this with the same path and writes its own tokens; no communication.
     Start before the first call of a compiled model. Raises CaptureError when no router is known, the model's shape is not
-    known, or it is compiled already; OutputExists when `path` holds another run.
+    known, it is compiled already, or a router gives no logits and they are asked for (with `on_error="warn"` a warning, and a
+    trace without); OutputExists when `path` holds another run.
     """
     if isinstance(model, nn.DataParallel):
         raise CaptureError("nn.DataParallel runs copies of the model in threads, which hooks cannot follow; use DistributedDataParallel")
@@ -74,10 +79,11 @@ def capture(
     routers = find_routers(model)
     refuse_late(model, routers)
     spec, zero_experts = trace_spec(model, routers, model_spec)
+    logits = logits and _gives_logits(routers, on_error)
     rank, world = process_rank()
     try:
         writer = TraceWriter(
-            path, spec, weights=weights, captured_by=_provenance(model, routers, zero_experts, world), rank=rank,
+            path, spec, weights=weights, logits=logits, captured_by=_provenance(model, routers, zero_experts, world), rank=rank,
             part_rows=part_rows, part_seconds=part_seconds, run=_run_name(world),
         )  # fmt: skip
     except OSError as problem:
@@ -95,6 +101,20 @@ def process_rank() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _gives_logits(routers: list[Router], on_error: OnError) -> bool:
+    silent = [router for router in routers if router.adapter.logits is None]
+    if not silent:
+        return True
+    message = (
+        f"{silent[0].name} ({type(silent[0].module).__name__}) gives no router logits, like {len(silent)} of {len(routers)} routers; capture with "
+        "logits=False, or say where they are: moesim.capture.register_router('ClassName', read, logits=...)"
+    )
+    if on_error == "raise":
+        raise CaptureError(message)
+    warnings.warn(f"{message}. Capturing without logits", RuntimeWarning, stacklevel=3)
+    return False
 
 
 def _run_name(world: int) -> str:

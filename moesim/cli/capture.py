@@ -24,12 +24,12 @@ def run(
         str | None, typer.Option("--model", help="Shape of the model, a preset or a config.json; default: its own Hugging Face config.")
     ] = None,
     weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Store gate weights beside expert ids.")] = True,
+    logits: Annotated[bool, typer.Option("--logits", help="Store the routers' logits of all experts too.")] = False,
 ) -> None:
     """Run a training or inference script and record which experts every token chooses."""
     from moesim.capture.run import run_script
     from moesim.model import load_model
 
-    status = run_script(
-        command, output, domain=domain, every=every, max_tokens=max_tokens, weights=weights, model_spec=load_model(model) if model else None
-    )
+    spec = load_model(model) if model else None
+    status = run_script(command, output, domain=domain, every=every, max_tokens=max_tokens, weights=weights, logits=logits, model_spec=spec)
     raise typer.Exit(status)

@@ -161,7 +161,7 @@ def _write(routing: Routing, path: Path, model: ModelSpec, keep: list[int], *, d
                 if weights is not None and not np.isfinite(weights).all():
                     raise DoesNotFit(f"{routing.source}: weights hold NaN or infinity; record them again or leave them out")
                 columns = {name: _part(value, rows, real) for name, value in chunk.columns.items()}
-                writer(chunk.rank).append(ids, weights=weights, **({"domain": domain, "phase": phase} | columns))
+                writer(chunk.rank).append(ids, weights=weights, logits=None, **({"domain": domain, "phase": phase} | columns))
     return tally
 
 

@@ -25,11 +25,13 @@ _ROWS = 1 << 16
 class HeldTrace(Trace):
     """A selection of a trace whose expert ids stay in memory, if they are few."""
 
-    def batches(self, *, rows: int = _ROWS, layers: Any = None, weights: bool = False, columns: Any = ()) -> Iterator[TraceBatch]:
+    def batches(
+        self, *, rows: int = _ROWS, layers: Any = None, weights: bool = False, logits: bool = False, columns: Any = ()
+    ) -> Iterator[TraceBatch]:
         """As `Trace.batches`; expert ids of a small selection are served from memory."""
         small = self.tokens * len(self.model.moe_layers) * self.info.top_k * 2 <= HELD_B
-        if layers is not None or weights or columns or not small:
-            yield from super().batches(rows=rows, layers=layers, weights=weights, columns=columns)
+        if layers is not None or weights or logits or columns or not small:
+            yield from super().batches(rows=rows, layers=layers, weights=weights, logits=logits, columns=columns)
             return
         for batch in self._held:
             for start in range(0, len(batch), rows):

@@ -3,6 +3,7 @@
     step, microbatch, rank, sequence, position, token_id, phase, domain, valid
     experts_<layer>: fixed_size_list<uint16>[K]      chosen experts, 65535 = no selection
     weights_<layer>: fixed_size_list<float16>[K]     gate weights (optional)
+    logits_<layer>: fixed_size_list<float16>[E]      router logits of all experts (optional), nan = this layer did not run for the token
 
 Schema metadata `moesim` is JSON: format version, model, what captured it and how.
 """
@@ -37,7 +38,14 @@ class TraceInfo:
     model: ModelSpec
     top_k: int  # width of the selection columns; more than model.top_k where k varies
     weights: bool
+    logits: bool = False
     captured_by: Mapping[str, Any]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The kinds of columns that every MoE layer has, by prefix, and the length of their lists."""
+        kinds = {"experts": self.top_k, "weights": self.top_k, "logits": self.model.experts}
+        return {kind: width for kind, width in kinds.items() if kind == "experts" or getattr(self, kind)}
 
     def to_json(self) -> str:
         """Text stored in the Parquet schema metadata."""
@@ -47,6 +55,7 @@ class TraceInfo:
                 "model": self.model.to_dict(),
                 "top_k": self.top_k,
                 "weights": self.weights,
+                "logits": self.logits,
                 "captured_by": dict(self.captured_by),
             }
         )
@@ -69,9 +78,9 @@ def arrow_schema(info: TraceInfo) -> pa.Schema:
         "valid": pa.bool_(),
     }
     columns = [pa.field(key, kind, nullable=False) for key, kind in kinds.items()]
-    for prefix, kind in (("experts", pa.uint16()), ("weights", pa.float16()))[: 2 if info.weights else 1]:
-        item = pa.field("element", kind, nullable=False)
-        columns += [pa.field(f"{prefix}_{layer}", pa.list_(item, info.top_k), nullable=False) for layer in info.model.moe_layers]
+    for prefix, width in info.widths.items():
+        item = pa.field("element", pa.uint16() if prefix == "experts" else pa.float16(), nullable=False)
+        columns += [pa.field(f"{prefix}_{layer}", pa.list_(item, width), nullable=False) for layer in info.model.moe_layers]
     return pa.schema(columns, metadata={METADATA_KEY: info.to_json().encode()})
 
 
@@ -87,6 +96,7 @@ def read_info(schema: pa.Schema, place: str) -> TraceInfo:
     try:
         data = json.loads(raw)
         version, width, weights = data["format_version"], data["top_k"], data["weights"]
+        logits = data.get("logits", False)  # traces of earlier releases have none and do not say so
         model, captured_by = ModelSpec.from_dict(data["model"]), data["captured_by"]
     except (ValueError, KeyError, TypeError, RecursionError, SpecError) as problem:
         raise TraceError(f"{place}: damaged trace metadata: {problem}") from None
@@ -94,9 +104,9 @@ def read_info(schema: pa.Schema, place: str) -> TraceInfo:
         raise TraceError(f"{place}: trace format {version!r}, this moesim reads {FORMAT_VERSION}; convert it with a matching release")
     if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= model.experts:
         raise TraceError(f"{place}: top_k(={width!r}) must be within 1..{model.experts}")
-    if not isinstance(weights, bool) or not isinstance(captured_by, dict):
-        raise TraceError(f"{place}: damaged trace metadata: 'weights' must be true or false and 'captured_by' an object")
-    info = TraceInfo(model=model, top_k=width, weights=weights, captured_by=captured_by)
+    if not isinstance(weights, bool) or not isinstance(logits, bool) or not isinstance(captured_by, dict):
+        raise TraceError(f"{place}: damaged trace metadata: 'weights' and 'logits' must be true or false and 'captured_by' an object")
+    info = TraceInfo(model=model, top_k=width, weights=weights, logits=logits, captured_by=captured_by)
     for wanted in arrow_schema(info):
         if wanted.name not in schema.names:
             raise TraceError(f"{place}: column {wanted.name!r} is missing; the file was cut or written by something else")

@@ -23,15 +23,17 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 UNCLOSED = "{path}: no manifest, so the run that wrote it was killed or is still running; reading the {parts} parts that are complete"
+BATCH_LOGITS_B = 1 << 28  # logits in one batch: with hundreds of experts in every layer they would fill the memory
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)?(%?):(\d+(?:\.\d+)?)?(%?)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TraceBatch:
-    """T consecutive tokens: `experts_TLK` uint16 (65535 = none), `weights_TLK` float16 or None, `columns` by name [T]."""
+    """T consecutive tokens: `experts_TLK` uint16 (65535 = none), `weights_TLK` and `logits_TLE` float16 or None, `columns` by name [T]."""
 
     experts_TLK: NDArray[np.uint16]
     weights_TLK: NDArray[np.float16] | None
+    logits_TLE: NDArray[np.float16] | None = None
     columns: dict[str, NDArray[Any]]
 
     def __len__(self) -> int:
@@ -150,20 +152,31 @@ class Trace:
         return keep
 
     def batches(
-        self, *, rows: int = 1 << 16, layers: Sequence[int] | None = None, weights: bool = False, columns: Sequence[str] = ()
+        self,
+        *,
+        rows: int = 1 << 16,
+        layers: Sequence[int] | None = None,
+        weights: bool = False,
+        logits: bool = False,
+        columns: Sequence[str] = (),
     ) -> Iterator[TraceBatch]:
-        """Selected tokens in order, at most `rows` at a time.
+        """Selected tokens in order, at most `rows` at a time, and at most 256 MiB of logits.
 
-        `layers` (absolute indices) reads only those MoE layers; `weights` adds gate weights; `columns` adds token
-        columns. Raises TraceError when a part is damaged or holds an id outside the model.
+        `layers` (absolute indices) reads only those MoE layers; `weights` adds gate weights, `logits` router logits;
+        `columns` adds token columns. Raises TraceError when a part is damaged or holds an id outside the model.
         """
         chosen = tuple(layers) if layers is not None else self.model.moe_layers
         if unknown := sorted(set(chosen) - set(self.model.moe_layers)):
             raise TraceError(f"{self.path}: layer {unknown[0]} is no MoE layer; MoE layers: {list(self.model.moe_layers)}")
         if weights and not self.info.weights:
             raise TraceError(f"{self.path}: gate weights were not captured; capture with weights, or ask without")
+        if logits and not self.info.logits:
+            raise TraceError(f"{self.path}: router logits were not captured; capture with logits=True, or ask without")
+        if logits:
+            rows = max(1, min(rows, BATCH_LOGITS_B // (2 * self.model.experts * max(1, len(chosen)))))
         names = dict.fromkeys((*self._filter_columns(), *columns))
-        lists = [f"{kind}_{layer}" for kind in (("experts", "weights") if weights else ("experts",)) for layer in chosen]
+        kinds = ["experts", *(["weights"] if weights else []), *(["logits"] if logits else [])]
+        lists = [f"{kind}_{layer}" for kind in kinds for layer in chosen]
         (start, stop), seen = self._bounds, 0
         for part, table in self._tables((*names, *lists), rows):
             found = {name: _numpy(table.column(name)) for name in names}
@@ -175,11 +188,16 @@ class Trace:
                 layered = np.stack([_list(table.column(f"experts_{layer}"), self.info.top_k) for layer in chosen])
                 experts = layered.transpose(1, 0, 2)  # layer-major in memory: quicker to stack, and to walk layer by layer
                 self._check_ids(experts, chosen, part)
-                gates = np.stack([_list(table.column(f"weights_{layer}"), self.info.top_k) for layer in chosen], axis=1) if weights else None
                 whole = bool(keep.all())
+                floats = {
+                    kind: np.stack([_list(table.column(f"{kind}_{layer}"), self.info.widths[kind]) for layer in chosen], axis=1) for kind in kinds[1:]
+                }
+                if not whole:
+                    floats = {kind: values[keep] for kind, values in floats.items()}
                 yield TraceBatch(
                     experts_TLK=experts if whole else experts[keep],
-                    weights_TLK=gates if gates is None or whole else gates[keep],
+                    weights_TLK=floats.get("weights"),
+                    logits_TLE=floats.get("logits"),
                     columns={name: found[name][keep] for name in columns},
                 )
             if seen >= stop:
@@ -243,7 +261,7 @@ def load_trace(path: str | Path) -> Trace:
         with _open(part) as file:
             infos.append(read_info(file.schema_arrow, str(part)))
     for part, info in zip(parts, infos, strict=True):
-        if (info.model.digest, info.top_k, info.weights) != (infos[0].model.digest, infos[0].top_k, infos[0].weights):
+        if (info.model.digest, info.widths) != (infos[0].model.digest, infos[0].widths):
             raise TraceError(f"{part}: routing of {info.model.name!r} does not fit {parts[0].name} of {infos[0].model.name!r}; keep runs apart")
     if root.is_dir() and not (root / MANIFEST).exists():
         warnings.warn(UNCLOSED.format(path=root, parts=len(parts)), stacklevel=2)

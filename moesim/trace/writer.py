@@ -21,6 +21,7 @@ from moesim.model import ModelSpec
 from moesim.trace.schema import FORMAT_VERSION, MANIFEST, NO_EXPERT, PHASES, TraceInfo, arrow_schema
 
 GROUP_ROWS = 1 << 15  # tokens encoded at once: few enough to hold in memory, many enough to compress and to skip layers
+GROUP_LOGITS_B = 1 << 26  # logits encoded at once, which are many times larger than ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class TraceWriter:
         *,
         top_k: int | None = None,
         weights: bool = True,
+        logits: bool = False,
         captured_by: Mapping[str, Any] | None = None,
         rank: int = 0,
         part_rows: int = 1 << 17,
@@ -58,10 +60,12 @@ class TraceWriter:
         run: str = "",
     ) -> None:
         self.path = Path(path)
-        self.info = TraceInfo(model=model, top_k=top_k or model.top_k, weights=weights, captured_by=dict(captured_by or {}))
+        self.info = TraceInfo(model=model, top_k=top_k or model.top_k, weights=weights, logits=logits, captured_by=dict(captured_by or {}))
         self.rank, self.part_rows, self.part_seconds = rank, part_rows, part_seconds
         self.rows_written = 0
         self._schema = arrow_schema(self.info)
+        logits_B = 2 * self.info.widths.get("logits", 0) * len(model.moe_layers)  # of one token
+        self._group_rows = max(1, min(GROUP_ROWS, GROUP_LOGITS_B // logits_B)) if logits_B else GROUP_ROWS
         self._pending: list[Any] = []  # record batches on their way into the open part
         self._pending_rows = 0
         self._part: _Part | None = None
@@ -89,6 +93,7 @@ class TraceWriter:
         experts: Mapping[int, NDArray[Any]] | NDArray[Any],
         *,
         weights: Mapping[int, NDArray[Any]] | NDArray[Any] | None = None,
+        logits: Mapping[int, NDArray[Any]] | NDArray[Any] | None = None,
         step: Column = 0,
         microbatch: Column = 0,
         sequence: Column = 0,
@@ -100,6 +105,7 @@ class TraceWriter:
     ) -> None:
         """Add T tokens. `experts` is [T, L, K], or one [T, K] array per MoE layer; -1 and 65535 mean no selection.
 
+        `weights` come in the same shape, `logits` with E in place of K (beyond ±65504 they are stored as ±inf).
         Other columns are one value for all tokens or one per token. Raises TraceError for ids outside
         0..experts-1, unknown phases and wrong shapes, before anything is written.
         """
@@ -117,24 +123,29 @@ class TraceWriter:
             "phase": phase, "domain": domain, "valid": valid,
         }  # fmt: skip
         columns = [self._column(self._schema.field(name), value, rows) for name, value in scalars.items()]
-        columns += [self._list(_clean_ids(ids, self.info.model, layer), rows) for ids, layer in zip(chosen, layers, strict=True)]
+        columns += [self._list(_clean_ids(ids, self.info.model, layer)) for ids, layer in zip(chosen, layers, strict=True)]
         if self.info.weights:
             if weights is None:
                 raise TraceError("this trace stores gate weights; pass weights=, or open the writer with weights=False")
-            columns += [self._list(np.asarray(w, np.float16), rows) for w in self._per_layer(weights, "weights")]
+            columns += [self._list(np.asarray(w, np.float16)) for w in self._per_layer(weights, "weights")]
+        if self.info.logits:
+            if logits is None:
+                raise TraceError("this trace stores router logits; pass logits=, or open the writer without")
+            with np.errstate(over="ignore"):
+                columns += [self._list(np.asarray(x, np.float16)) for x in self._per_layer(logits, "logits")]
         self._pending.append(pa.record_batch(columns, schema=self._schema))
         self._pending_rows += rows
         held = self._pending_rows + (self._part.rows if self._part else 0)
         if held >= self.part_rows or time.monotonic() - self._last_flush >= self.part_seconds:
             self.flush()
-        elif self._pending_rows >= GROUP_ROWS:
+        elif self._pending_rows >= self._group_rows:
             self._write_group()
 
     def _per_layer(self, values: Mapping[int, NDArray[Any]] | NDArray[Any], what: str) -> list[NDArray[Any]]:
-        layers, width = self.info.model.moe_layers, self.info.top_k
+        layers, width = self.info.model.moe_layers, self.info.widths[what]
         if isinstance(values, Mapping):
             if absent := [layer for layer in layers if layer not in values]:
-                raise TraceError(f"{what}: no selections for MoE layers {absent}")
+                raise TraceError(f"{what}: nothing for MoE layers {absent}")
             arrays = [np.asarray(values[layer]) for layer in layers]
         else:
             stacked = np.asarray(values)
@@ -160,12 +171,12 @@ class TraceWriter:
         kind = field.type.to_pandas_dtype()
         return pa.array(np.ascontiguousarray(np.broadcast_to(array.astype(kind), rows)), field.type)
 
-    def _list(self, values_TK: NDArray[Any], rows: int) -> Any:
+    def _list(self, values: NDArray[Any]) -> Any:
         import pyarrow as pa
 
-        item = pa.field("element", pa.from_numpy_dtype(values_TK.dtype), nullable=False)
-        flat = pa.array(np.ascontiguousarray(values_TK).reshape(-1))
-        return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(item, self.info.top_k))
+        item = pa.field("element", pa.from_numpy_dtype(values.dtype), nullable=False)
+        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+        return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(item, values.shape[1]))
 
     def flush(self) -> None:
         """Make what has gathered durable, as one part."""
@@ -187,7 +198,7 @@ class TraceWriter:
         with self._or_abandon():
             if self._part is None:
                 self._part = _Part(self.path / f".part-{self.rank:05d}-{len(self._digests):06d}.parquet.tmp", self._schema)
-            self._part.write(batches)
+            self._part.write(batches, self._group_rows)
 
     @contextmanager
     def _or_abandon(self) -> Iterator[None]:
@@ -230,7 +241,7 @@ class _Part:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        leaves = [f"{name}.list.element" if name.startswith(("experts_", "weights_")) else name for name in schema.names]
+        leaves = [f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name for field in schema]
         self.rows = 0
         self._temporary = temporary
         self._sink = pa.OSFile(str(temporary), "wb")
@@ -239,18 +250,18 @@ class _Part:
             schema,
             compression="zstd",
             # ids: bytes split by significance, which zstd's entropy coder takes below a dictionary's ceil(log2 E) bits;
-            # weights stay plain, for DuckDB cannot read split bytes of 16-bit floats
+            # weights and logits stay plain, for DuckDB cannot read split bytes of 16-bit floats
             use_dictionary=[leaf for leaf in leaves if not leaf.endswith(".list.element")],
             column_encoding={leaf: "BYTE_STREAM_SPLIT" for leaf in leaves if leaf.startswith("experts_")},
             write_statistics=False,
         )
 
-    def write(self, batches: Sequence[Any]) -> None:
-        """Add record batches, as row groups."""
+    def write(self, batches: Sequence[Any], group_rows: int) -> None:
+        """Add record batches, as row groups of at most `group_rows`."""
         import pyarrow as pa
 
         table = pa.Table.from_batches(batches).unify_dictionaries()
-        self._file.write_table(table, row_group_size=GROUP_ROWS)
+        self._file.write_table(table, row_group_size=group_rows)
         self.rows += table.num_rows
 
     def finish(self, path: Path) -> str:

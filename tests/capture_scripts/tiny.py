@@ -22,8 +22,9 @@ class StrangeGate(nn.Module):
         self.score = nn.Linear(HIDDEN, EXPERTS, bias=False)
 
     def forward(self, hidden: Tensor) -> dict[str, Tensor]:
-        gates, chosen = self.score(hidden).softmax(-1).topk(TOP_K, dim=-1)
-        return {"chosen": chosen, "gates": gates}
+        scores = self.score(hidden)
+        gates, chosen = scores.softmax(-1).topk(TOP_K, dim=-1)
+        return {"chosen": chosen, "gates": gates, "scores": scores}
 
 
 class Block(nn.Module):
@@ -62,7 +63,7 @@ def read_strange(module: nn.Module, inputs: tuple[Any, ...], output: dict[str, T
 
 
 def adapt() -> None:
-    register_router(StrangeGate, read_strange)
+    register_router(StrangeGate, read_strange, logits=lambda module, inputs, output: output["scores"])
 
 
 def tokens(seed: int, batch: int = 2, length: int = 8) -> Tensor:
