@@ -222,11 +222,11 @@ def test_a_quarter_of_the_moves_buys_nearly_all_when_load_drifts():
     some = rng.choice(64, 10, replace=False)
     name[some] = np.roll(some, 1)
     before, after = clustered_routing(model, 3000, clusters=8), name[clustered_routing(model, 3000, clusters=8, seed=5)]
-    live = run_solver("local-search", problem_of(before, model), time_limit_s=600).placement
+    live = run_solver("local-search", problem_of(before, model)).placement
     problem = problem_of(after, model)
-    fresh = run_solver("local-search", problem, time_limit_s=600).placement
+    fresh = run_solver("local-search", problem).placement
     all_moves = int(moves_L(live, fresh).sum())
-    found = run_solver("local-search", constrained(problem, current=live, most_moves=all_moves // 4), time_limit_s=600).placement
+    found = run_solver("local-search", constrained(problem, current=live, most_moves=all_moves // 4)).placement
     live_s, fresh_s, found_s = (float(layer_s_L(problem, placement).sum()) for placement in (live, fresh, found))
     assert moves_L(live, found).sum() <= all_moves // 4
     assert live_s - found_s >= 0.9 * (live_s - fresh_s) > 0

@@ -17,6 +17,7 @@ from moesim.errors import InputError
 from moesim_solvers.placement import search
 from moesim_solvers.placement.annealing import anneal
 from moesim_solvers.placement.balance import balanced_slots
+from moesim_solvers.placement.limits import Limits
 from moesim_solvers.placement.search import search_slots
 
 NONE = 65535
@@ -269,6 +270,19 @@ def test_same_seed_same_plan_in_any_process_and_with_any_threads():
     here = str(__import__("pathlib").Path(__file__).parent)
     other = subprocess.run([sys.executable, "-c", script, here, *paths], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == str(answer(2))
+
+
+def test_nothing_is_compiled_once_the_clock_runs():
+    """Read-only arrays have a type of their own: handed on as they are, a live plan had every kernel compiled inside its time limit."""
+    search.compile_kernels()
+    kernels = (anneal, search.descend, search.typical_step, search.evaluate, search.cost)
+    before = [list(kernel.signatures) for kernel in kernels]
+    live_LGE = np.zeros((1, 2, 4), np.bool_)
+    live_LGE[0, 0, :2] = live_LGE[0, 1, 2:] = True
+    live_LGE.setflags(write=False)
+    limits = Limits(live_LGE=live_LGE, pinned_LGE=live_LGE & False, apart_LEE=np.zeros((1, 4, 4), np.bool_), move=0.1)
+    search_slots(np.array([[[0, 2]], [[1, 3]], [[0, 1]]]), np.ones((1, 4)), [2, 2], [0, 0], limits=limits)
+    assert [list(kernel.signatures) for kernel in kernels] == before
 
 
 def test_time_limit_returns_the_best_so_far_and_progress_rises():

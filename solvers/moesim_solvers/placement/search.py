@@ -141,9 +141,10 @@ def search_slots(
             per_mean=live / max(float(load_LE[layer].sum()), 1e-300),
             soft=0.0,
             tokens=max(len(experts_TLK), 1),
-            pin_GE=nothing if limits.pinned_LGE is None else limits.pinned_LGE[layer],
-            apart_EE=nothing if limits.apart_LEE is None else limits.apart_LEE[layer],
-            live_GE=nothing if limits.live_LGE is None else limits.live_LGE[layer],
+            # copies: kernels would be compiled anew, inside the time limit, for arrays that are read-only
+            pin_GE=nothing if limits.pinned_LGE is None else np.array(limits.pinned_LGE[layer]),
+            apart_EE=nothing if limits.apart_LEE is None else np.array(limits.apart_LEE[layer]),
+            live_GE=nothing if limits.live_LGE is None else np.array(limits.live_LGE[layer]),
             move=limits.move / unit,
         )
         given = given._replace(soft=_softness(given, _state(given, greedy_P, 0), live))
@@ -219,6 +220,7 @@ def compile_kernels() -> None:
     )
     balanced_slots(given.load_E, given.first_G)
     state = _state(given, np.array([0, 1]), 0)
+    cost(given, state)
     typical_step(given, state, 1)
     anneal(given, state, np.array([0, 1]), np.zeros(1), 0, 1, 1, 1.0, 1.0)
     descend(given, state, np.ones(2, np.bool_))
