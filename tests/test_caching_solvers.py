@@ -255,7 +255,7 @@ def test_solvers_of_another_kind_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         load_solver("marginal")
     with pytest.raises(InputError, match="'linear' solves placement problems, not caching; solvers of caching: .*pin-set"):
         plan_cache(sample_problem(10), solver="linear")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint("linear", "moesim_solvers.placement.linear:Linear", registry.GROUP)])
+    monkeypatch.setattr("moesim.plugins.entry_points", lambda group: [EntryPoint("linear", "moesim_solvers.placement.linear:Linear", registry.GROUP)])
     with pytest.raises(InputError, match="solvers of caching: none"):
         load_solver("linear", "caching")
 

@@ -108,7 +108,7 @@ def registered(monkeypatch):
 
     def register(*points):
         module._points.cache_clear()
-        monkeypatch.setattr(module, "entry_points", lambda group: list(points))
+        monkeypatch.setattr("moesim.plugins.entry_points", lambda group: list(points))
 
     yield register
     module._points.cache_clear()

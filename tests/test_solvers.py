@@ -60,7 +60,7 @@ def test_the_three_first_solvers_are_there() -> None:
 
 
 def with_points(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> None:
-    monkeypatch.setattr(registry, "entry_points", lambda group: list(points))
+    monkeypatch.setattr("moesim.plugins.entry_points", lambda group: list(points))
 
 
 def test_a_strangers_solver_comes_through_the_same_door(monkeypatch: pytest.MonkeyPatch) -> None:

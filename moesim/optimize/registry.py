@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 
 from moesim.errors import InputError, PluginError
 from moesim.optimize.problem import Problem, Solver
+from moesim.plugins import made, registered
 
 GROUP = "moesim.solvers"
 _NEEDED = ("name", "solves", "capabilities", "requires", "solve")
@@ -31,27 +31,16 @@ class SolverInfo:
         return not self.missing
 
 
-def _points() -> dict[str, EntryPoint]:
-    points = list(entry_points(group=GROUP))
-    twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
-    if twice:
-        values = [point.value for point in points if point.name == twice[0]]
-        raise PluginError(f"{GROUP}: {twice[0]!r} is registered by {' and '.join(values)}; uninstall one of them")
-    if not points:
-        raise PluginError(f"{GROUP}: no solver is registered; entry points exist after installation: run `pip install -e .`")
-    return {point.name: point for point in sorted(points, key=lambda point: point.name)}
-
-
 def solver_names() -> list[str]:
     """Names of the registered solvers, sorted."""
-    return list(_points())
+    return list(registered(GROUP, "solver"))
 
 
 def solver_infos() -> list[SolverInfo]:
     """Every registered solver with its capabilities and what it lacks."""
     infos = []
-    for name, point in _points().items():
-        solver = _load(name, point)
+    for name, point in registered(GROUP, "solver").items():
+        solver = _load(point)
         missing = tuple(module for module in solver.requires if find_spec(module) is None)
         summary = (type(solver).__doc__ or "").strip().splitlines() or [""]
         infos.append(
@@ -69,10 +58,10 @@ def solver_infos() -> list[SolverInfo]:
 
 def load_solver(name: str, solves: str = "placement") -> Solver:
     """The solver called `name`, of a kind; InputError lists those installed, PluginError names what is broken or missing."""
-    points = _points()
+    points = registered(GROUP, "solver")
     if name not in points:
         raise InputError(f"solver {name!r} is not installed; installed: {', '.join(points)}")
-    solver = _load(name, points[name])
+    solver = _load(points[name])
     if solver.solves != solves:
         kin = ", ".join(info.name for info in solver_infos() if info.solves == solves) or "none"
         raise InputError(f"solver {name!r} solves {solver.solves} problems, not {solves}; solvers of {solves}: {kin}")
@@ -81,15 +70,11 @@ def load_solver(name: str, solves: str = "placement") -> Solver:
     return solver
 
 
-def _load(name: str, point: EntryPoint) -> Solver:
-    try:
-        solver = point.load()()
-    except Exception as problem:
-        raise PluginError(f"solver {name!r} ({point.value}) does not load: {problem}") from problem
+def _load(point: EntryPoint) -> Solver:
+    solver: Solver = made(point, "solver")
     if lacking := [attribute for attribute in _NEEDED if not hasattr(solver, attribute)]:
-        raise PluginError(f"solver {name!r} ({point.value}) lacks {', '.join(lacking)}; see the Solver protocol")
-    loaded: Solver = solver
-    return loaded
+        raise PluginError(f"solver {point.name!r} ({point.value}) lacks {', '.join(lacking)}; see the Solver protocol")
+    return solver
 
 
 def unmet(solver: Solver, problem: Problem) -> str | None:

@@ -6,17 +6,17 @@ state) or plain Python with the two hooks of `Policy`: slower, with the same mea
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import InputError, PluginError
+from moesim.plugins import made, registered
 
 GROUP = "moesim.policies"
 Made = tuple[Callable[..., None], Any]
@@ -365,14 +365,7 @@ class Lookahead:
 
 @cache
 def _points() -> dict[str, EntryPoint]:  # kept: a look through all installed packages takes longer than a small replay
-    points = list(entry_points(group=GROUP))
-    twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
-    if twice:
-        values = [point.value for point in points if point.name == twice[0]]
-        raise PluginError(f"{GROUP}: {twice[0]!r} is registered by {' and '.join(values)}; uninstall one of them")
-    if not points:
-        raise PluginError(f"{GROUP}: no policy is registered; entry points exist after installation: run `pip install -e .`")
-    return {point.name: point for point in sorted(points, key=lambda point: point.name)}
+    return registered(GROUP, "policy")
 
 
 def policies() -> list[str]:
@@ -385,10 +378,7 @@ def load_policy(name: str) -> Policy | Compiled:
     points = _points()
     if name not in points:
         raise InputError(f"policy {name!r} is not installed; installed: {', '.join(points)}")
-    try:
-        policy: Policy | Compiled = points[name].load()()
-    except Exception as problem:
-        raise PluginError(f"policy {name!r} ({points[name].value}) does not load: {problem}") from problem
+    policy: Policy | Compiled = made(points[name], "policy")
     if not isinstance(policy, (Policy, Compiled)):
         raise PluginError(
             f"policy {name!r} ({points[name].value}) has neither the hooks admit and victim nor a compiled cache; see the Policy protocol"
