@@ -268,3 +268,24 @@ def test_a_format_nobody_knows_is_answered_with_all_formats(moesim: Run, tmp_pat
     code, _, err = moesim("import", "nope", tmp_path, "-o", tmp_path / "t")
     assert code == 2
     assert all(name in err for name in ("npz", "tensorrt-llm-statistics", "vllm-ascend"))
+
+
+@pytest.mark.parametrize(
+    ("learnt", "advice"),
+    [
+        (("--tokens", "0%:50%", "--domain", "law"), "--cluster h100x8 --domain law --tokens 50%:"),
+        (("--tokens", ":100", "--phase", "prefill"), "--cluster h100x8 --phase prefill --tokens 100:"),
+        ((), "moesim score OTHER-TRACE"),
+    ],
+)
+def test_place_says_how_to_score_on_tokens_it_has_not_seen(
+    moesim: Run, make_trace: Callable[..., Trace], tmp_path: Path, learnt: tuple[str, ...], advice: str
+) -> None:
+    model = tiny_model()
+    trace = make_trace(model, clustered_routing(model, 200), domain="law", phase="prefill")
+    code, out, err = moesim("place", trace.path, *learnt, "--solver", "linear", "-o", tmp_path / "plan.json")
+    assert code == 0, err
+    told = " ".join(out.split()).partition("not seen: ")[2]
+    assert advice in told
+    if learnt:
+        assert moesim(*told.split()[1:])[0] == 0

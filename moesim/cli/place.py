@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,7 +159,16 @@ def run(
     for line in _words(solution.notes):
         print(line)
     note(*(f"note: {line}" for line in result.notes))
-    print(f"wrote {output}; score it on other tokens: moesim score {trace} {output} --cluster {cluster} --tokens 50%:")
+    print(f"wrote {output}; score it on tokens it has not seen: {_unseen(trace, output, cluster, tokens, domain, phase)}")
+
+
+def _unseen(trace: Path, plan: Path, cluster: str, tokens: str | None, domain: list[str] | None, phase: str | None) -> str:
+    """The command that scores a plan on the rest of what it learnt from, or on another trace where it learnt from all."""
+    first = tokens and re.fullmatch(r"0?%?:(.+)", tokens.replace(" ", ""))
+    words = ["moesim score", shlex.quote(str(trace)) if first else "OTHER-TRACE", shlex.quote(str(plan)), "--cluster", shlex.quote(cluster)]
+    if first:
+        words += [f"--domain {shlex.quote(name)}" for name in domain or []] + ([f"--phase {phase}"] if phase else []) + [f"--tokens {first[1]}:"]
+    return " ".join(words)
 
 
 def _model(name: str) -> Any:
