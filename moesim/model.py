@@ -53,6 +53,7 @@ class ModelSpec:
     intermediate: int  # of one routed expert
     experts: int
     top_k: int
+    pyramid: tuple[int, ...] = ()  # experts of each MoE layer where they differ, `experts` at most; their ids are the lowest
     shared_intermediate: int = 0  # all shared experts together; 0 = none
     expert_groups: int = 1  # routing is limited to some groups of experts (DeepSeek-V3); 1 = no limit
     dense_intermediate: int = 0  # MLP of a dense layer
@@ -79,6 +80,16 @@ class ModelSpec:
             raise SpecError(f"model {self.name!r}: moe_layers must be a rising, non-empty list, got {list(self.moe_layers)}")
         if self.moe_layers[0] < 0 or self.moe_layers[-1] >= self.layers:
             raise SpecError(f"model {self.name!r}: moe_layers {list(self.moe_layers)} outside 0..{self.layers - 1}")
+        if self.pyramid and (len(self.pyramid) != len(self.moe_layers) or min(self.pyramid) < self.top_k or max(self.pyramid) != self.experts):
+            raise SpecError(
+                f"model {self.name!r}: pyramid {list(self.pyramid)} must give each of {len(self.moe_layers)} MoE layers "
+                f"top_k(={self.top_k}) to experts(={self.experts}) experts, and one of them all"
+            )
+
+    @property
+    def experts_L(self) -> tuple[int, ...]:
+        """Experts of each MoE layer."""
+        return self.pyramid or (self.experts,) * len(self.moe_layers)
 
     @property
     def expert_parameters(self) -> int:
@@ -93,13 +104,15 @@ class ModelSpec:
     @property
     def digest(self) -> str:
         """Names the shape: equal for equal routing problems, whatever the model is called."""
-        return digest(json.dumps([self.layers, self.moe_layers, self.hidden, self.intermediate, self.experts, self.top_k]))
+        shape = [self.layers, self.moe_layers, self.hidden, self.intermediate, self.experts, self.top_k, *([self.pyramid] if self.pyramid else [])]
+        return digest(json.dumps(shape))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` is its inverse."""
         data = asdict(self)
         data["moe_layers"] = list(self.moe_layers)
-        return data
+        data["pyramid"] = list(self.pyramid)
+        return data if self.pyramid else {name: value for name, value in data.items() if name != "pyramid"}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
@@ -110,6 +123,7 @@ class ModelSpec:
         values = dict(data)
         try:
             values["moe_layers"] = tuple(values["moe_layers"])
+            values["pyramid"] = tuple(values.get("pyramid", ()))
             if values.get("attention") is not None:
                 values["attention"] = Attention(**values["attention"])
             return cls(**values)

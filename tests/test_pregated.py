@@ -6,8 +6,8 @@ import pytest
 
 from moesim.cost.offload import fetching
 from moesim.studies.caching import hosted
-from moesim.studies.pregated import SSD, SSD_STEPS, TABLES, Constants, Table, fitted
-from moesim.studies.published import EXPERT_B, SINGLE_LARGE
+from moesim.studies.pregated import SSD, SSD_STEPS, TABLES, Constants, Table, fitted, held_experts
+from moesim.studies.published import EXPERT_B, PEAKS, SINGLE_LARGE
 
 
 def worst(table: Table, constants: Constants) -> float:
@@ -31,6 +31,18 @@ def test_tables_the_project_promises_have_their_tolerances() -> None:
     """Cached blocks on demand within 2.5 %, pre-gated ones by distinct experts within 10 %."""
     assert {table.within for table in TABLES if "cached" in table.what} == {0.025}
     assert {table.within for table in TABLES if "pre-gated" in table.what and "distinct" in table.what} == {0.10}
+    assert [(table.what.split(",")[0], table.within) for table in TABLES if table.check] == [
+        ("large-128 on demand", 0.025),
+        ("base-16 on demand", 0.05),
+        ("base-16 pre-gated", 0.10),
+    ]
+
+
+@pytest.mark.parametrize("row", PEAKS, ids=lambda row: f"{row[0]}-{row[1]}")
+def test_peaks_of_memory_are_those_of_the_experts_held(row: tuple[str, int, float, float, float, float]) -> None:
+    size, experts, demand_GB, *peaks_GB = row
+    held = held_experts(experts, 1, 12 if size == "base" else 24)
+    assert [demand_GB + n * EXPERT_B[size] / 1e9 for n in held] == pytest.approx(peaks_GB, rel=0.01)
 
 
 def test_the_large_models_uncached_blocks_follow() -> None:

@@ -24,7 +24,7 @@ from moesim.replay.policy import Lookahead
 from moesim.sim.event import EventResult, simulate_event
 from moesim.studies.caching import sequence_ids
 from moesim.studies.cases import Bench, Writer, cluster_of, plan_of, zipf_ids
-from moesim.studies.published import READ_ME
+from moesim.studies.published import EXPERTFLOW, EXPERTFLOW_REGROUPED, READ_ME
 from moesim.systems import SYSTEMS, OneRoute, Regrouped, Residency, System, expertflow, pregated, readme
 from moesim.systems.batching import by_queue, by_route, needed, regroup
 from moesim.trace import NO_EXPERT, Trace
@@ -150,6 +150,7 @@ def test_read_me_lru_is_random_under_interleaved_requests_and_a_queue_is_worth_s
         queued = [replay(events, Lookahead(window=window), slots).hit_ratio for window in (0, 1, 2, 3, 8, 20_000)]
         assert queued[0] == found
         assert queued == sorted(queued)
+        assert queued[2] > found, "Belady of the queue above LRU"
         assert queued[-1] == replay(events, "belady", slots).hit_ratio >= published
         assert queued[2] == replay(events, "lookahead", slots).hit_ratio == pytest.approx(published, abs=0.035)
 
@@ -216,30 +217,31 @@ def test_expertflow_copies_what_is_foretold_and_regroups(write: Writer) -> None:
     assert grouped.asked < apart.asked
 
 
-def test_expertflow_in_place_falls_less_with_the_batch_than_lru(write: Writer) -> None:
-    """Switch-32 with 16 slots: 76.6 -> 58.4 % under LRU, 91.9 -> 85.9 % as planned (arXiv 2410.17954): here the signs and the slope."""
-    model = replace(MODEL, experts=32)
-    falls = []
-    for system in (replace(SYSTEMS["plain"], residency=Residency(share=0.5)), expertflow.make(window=1)):
-        shares = []
-        for batch in (4, 16):
-            found = run(write(model, sequence_ids(96, batch, model)), system, tokens=batch).copies
+def test_expertflow_shares_in_place_fall_with_the_batch_as_published(write: Writer) -> None:
+    """Switch-32 with 16 slots: 76.6 -> 58.4 % under LRU, 91.9 -> 85.9 % as planned (arXiv 2410.17954).
+
+    Two numbers were fitted, both at batch 4: how loyal a sequence is to its experts, and the predictor's recall. Six MoE layers, as
+    a Switch-base decoder has: the first of a step is not foretold. Other sequences than those of the study.
+    """
+    model = replace(MODEL, experts=32, layers=6, moe_layers=tuple(range(6)))
+    for system, column in ((expertflow.make(window=1), 0), (replace(SYSTEMS["plain"], residency=Residency(share=0.5)), 1)):
+        shares = {}
+        for batch in EXPERTFLOW:
+            found = run(write(model, sequence_ids(256, batch, model, loyal=0.69, seed=1)), system, tokens=batch).copies
             assert found is not None
-            shares.append((found.hits + found.known) / found.asked)
-        falls.append(shares[0] - shares[1])
-    lru, planned = falls
-    assert 0.1 < lru < 0.3
-    assert -0.02 <= planned < lru / 2
+            shares[batch] = (found.hits + found.known) / found.asked
+        assert shares[4] == pytest.approx(EXPERTFLOW[4][column], abs=0.015), "fitted"
+        assert shares[4] - shares[16] == pytest.approx(EXPERTFLOW[4][column] - EXPERTFLOW[16][column], abs=0.02)
 
 
 def test_regrouping_gains_more_with_more_experts_where_slots_hold_what_few_are_asked_for(write: Writer) -> None:
     gains = []
-    for experts in (32, 128):
+    for experts in EXPERTFLOW_REGROUPED:
         model = replace(MODEL, experts=experts)
         trace = write(model, sequence_ids(96, 32, model, own=1, length=2))
-        grouped, apart = (run(trace, expertflow.make(share=16 / experts, window=window), tokens=32) for window in (2, 1))
+        grouped, apart = (run(trace, expertflow.make(share=20 / experts, window=window), tokens=32) for window in (2, 1))
         gains.append(apart.step_s_S.sum() / grouped.step_s_S.sum())
-    assert 1 < gains[0] < gains[1]
+    assert 1 < gains[0] < gains[1] < gains[2]
 
 
 def test_moe_infinity_gains_the_more_the_sparser_the_activation(write: Writer) -> None:

@@ -156,6 +156,9 @@ def test_hecate_gains_nothing_from_even_load_and_more_on_the_slower_machine(writ
     slow, fast = step_gain(skewed, "v100", 12.5e9, 4096), step_gain(skewed, "a100-80", 50e9, 4096)
     assert slow > fast > 1.26
     assert step_gain(hot, "v100", 12.5e9, 4096) > 2.05, "the published mean is reachable"
+    for device in ("v100", "a100-80"):
+        gains = [step_gain(skewed, device, nic_Bps, 4096) for nic_Bps in (12.5e9, 25e9, 50e9)]
+        assert gains == sorted(gains, reverse=True), "the same machines, a faster link: less to gain"
 
 
 def test_gathered_experts_are_computed_at_home_and_nothing_is_lost(write: Writer) -> None:

@@ -1,6 +1,7 @@
 """Bytes each device must hold, and by how much they do not fit.
 
-    experts      slots of the device in every MoE layer * expert bytes (replicas count like any slot)
+    experts      slots of the device in every MoE layer * expert bytes (replicas count like any slot); in a layer of a pyramid
+                 that has fewer experts, slots of the others hold nothing
     dense        everything outside the routed experts, once per device (data-parallel attention)
     cache        sequences * context * layers * kv_token bytes
     activations  two layers' inputs and outputs, rows of the experts' products, logits of one token per sequence
@@ -92,12 +93,14 @@ def memory_use(model: ModelSpec, placement: Placement, cluster: Cluster, *, toke
             "pass one placement per cluster and sizes >= 0"
         )
     weight_B, element_B = model.weight_bits / 8, model.activation_bits / 8
-    layers, devices = len(placement.layers), cluster.size
+    each, devices = dict(zip(model.moe_layers, model.experts_L, strict=True)), cluster.size
+    filled_LP = placement.slots_LP < np.asarray([each.get(layer, model.experts) for layer in placement.layers])[:, None]
+    filled_G = np.bincount(placement.device_P, filled_LP.sum(axis=0), devices).astype(np.float64)
     width = model.hidden + (2 if model.gated else 1) * model.intermediate
     received = tokens_per_device * model.top_k  # selections of a device's share, were loads even
     activations = tokens_per_device * 4 * model.hidden + received * width + min(tokens_per_device, 256) * model.vocabulary
     return MemoryUse(
-        experts_B_G=placement.slots_G.astype(np.float64) * (layers * model.expert_parameters * weight_B),
+        experts_B_G=filled_G * (model.expert_parameters * weight_B),
         dense_B_G=np.full(devices, dense_parameters(model).whole(model) * weight_B),
         cache_B_G=np.full(devices, tokens_per_device * context * model.layers * kv_token_B(model)),
         activations_B_G=np.full(devices, activations * element_B),

@@ -6,12 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+VERDICTS = {
+    "S": ("holds", "DOES NOT HOLD"),
+    "Q": ("agrees", "does not agree"),
+    "B": ("consistent", "NOT REACHED"),
+    "H": ("reached", "not reached"),
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """One check of a system. kind S: holds exactly; B: sign and reachable size; Q: public ground truth."""
+    """One check of a system. kind S: holds exactly; Q: public ground truth; B: sign and reachable size; H: beyond the checks."""
 
-    kind: Literal["S", "Q", "B"]
+    kind: Literal["S", "Q", "B", "H"]
     what: str
     published: str
     simulated: str
@@ -20,7 +27,7 @@ class Claim:
     @property
     def verdict(self) -> str:
         """In words: a band is never more than "consistent with"."""
-        return {"S": ("holds", "DOES NOT HOLD"), "Q": ("agrees", "does not agree"), "B": ("consistent", "NOT REACHED")}[self.kind][not self.ok]
+        return VERDICTS[self.kind][not self.ok]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +56,11 @@ def band(what: str, published: str, simulated: str, ok: bool) -> Claim:
 def agrees(what: str, published: str, simulated: str, ok: bool) -> Claim:
     """A check of kind Q."""
     return Claim(kind="Q", what=what, published=published, simulated=simulated, ok=bool(ok))
+
+
+def headline(what: str, published: str, simulated: str, ok: bool) -> Claim:
+    """A comparison of kind H: a headline, or more than the checks ask."""
+    return Claim(kind="H", what=what, published=published, simulated=simulated, ok=bool(ok))
 
 
 def times(*figures: float) -> str:

@@ -1,4 +1,4 @@
-"""Published measurements that studies and tests compare with, as tables. Milliseconds, shares and tokens/s as published.
+"""Published measurements that studies and tests compare with, as tables. Milliseconds, shares, tokens/s and GB as published.
 
 Pre-gated MoE: raw data of its authors, kaleid-liner/FasterTransformer@c0bbdfc, performance_data (Apache-2.0). One
 A100-SXM4-80GB under an EPYC 7V12, SwitchTransformer top-1, fp16, time of one MoE block of the decoder. Read-ME: NeurIPS
@@ -36,6 +36,10 @@ SINGLE = {
 }
 # switch-large-128, batch 1: pre-gated, on demand, all experts prefetched.
 SINGLE_LARGE = (1.38823, 2.63063, 173.538)
+# Tokens/s of switch-base, batch 1, by experts: all resident, pre-gated, on demand.
+SINGLE_RATES = {8: (129, 112, 79), 16: (143, 115, 76), 32: (144, 116, 81), 64: (142, 113, 78), 128: (142, 109, 76), 256: (140, 103, 73)}
+# Peak GB with batch 1: model, experts, on demand, pre-gated, all prefetched, all resident.
+PEAKS = (("base", 64, 2.18, 2.19, 4.57, 9.40), ("base", 256, 4.17, 4.18, 13.8, 33.1), ("large", 128, 5.43, 5.47, 14.0, 56.9))
 
 # Six experts by slots: share in place under random eviction, LRU and the Belady rule over queued requests.
 READ_ME = {2: (0.3419, 0.3390, 0.4416), 3: (0.5014, 0.5242, 0.6182), 4: (0.6752, 0.6695, 0.7721), 5: (0.8291, 0.8348, 0.8803)}

@@ -1,6 +1,7 @@
 """DeepSpeed-MoE: hierarchical all-to-all, and the shared (residual) expert beside the dispatch.
 
-Its pyramid (fewer experts in some layers) is a property of the trace: experts nobody chooses cost no time. Its expert slicing,
+Its pyramid (fewer experts in some layers) is `ModelSpec.pyramid`: the trace refuses ids a layer lacks, and slots placed for them
+take neither memory nor time. Its expert slicing,
 for more devices than experts, is `routing=Sliced(slices=…)` with a placement that leaves the other members of a group empty.
 """
 

@@ -28,7 +28,7 @@ class Planes:
     bits     of each plane; the first is usable alone
     hot      share of a layer's experts, by tokens of the step, that want every plane; the coldest want the first alone, those
              between a number in proportion
-    dequant  time of a computation from planes over that of plain weights of its bits
+    unpack_B bytes that the device's memory moves for every weight of a plane before it can be multiplied; 0: the kernel unpacks
     nested   planes add up; otherwise every precision is a copy of its own
     hottest_first  experts with most tokens are loaded first; otherwise in order of their ids
     progressive    tokens are computed as soon as the planes that they want have come; otherwise when all of the expert's have
@@ -36,14 +36,14 @@ class Planes:
 
     bits: tuple[float, ...]
     hot: float = 0.25
-    dequant: float = 1.0
+    unpack_B: float = 0.0
     nested: bool = True
     hottest_first: bool = True
     progressive: bool = True
 
     def __post_init__(self) -> None:
-        if not self.bits or not all(bit > 0 for bit in self.bits) or not 0 <= self.hot <= 1 or not self.dequant > 0:
-            raise InputError(f"{self}: give planes of more than 0 bits, hot in [0, 1] and dequant > 0")
+        if not self.bits or not all(bit > 0 for bit in self.bits) or not 0 <= self.hot <= 1 or not self.unpack_B >= 0:
+            raise InputError(f"{self}: give planes of more than 0 bits, hot in [0, 1] and unpack_B >= 0")
 
     def wanted(self, tokens: NDArray[np.float64]) -> NDArray[np.int64]:
         """Planes that each of some experts with tokens wants, 1 to all of them; ties go to the lower id."""

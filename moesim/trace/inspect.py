@@ -16,6 +16,7 @@ from moesim.trace.trace import Trace
 
 BATCH = 1 << 14
 TOP_PAIRS = 5  # of each layer
+STEPS = 1 << 10  # intervals of steps counted apart: one step each where there are no more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,7 @@ class Inspection:
     load_by_domain     int64 [L, E] per domain
     drift_DD           mean Jensen-Shannon divergence of two domains' loads over layers, bits
     drift_L            mean over pairs of domains in each layer; zeros for one domain
-    drift_over_steps   [S-1, L] the same between consecutive tenths of the training steps; empty for one step
+    drift_over_steps   [S-1, L] the same between consecutive tenths of the training steps (to 1 in 512 of many); empty for one step
     locality           how much a token's experts tell about those of the tokens around it
     """
 
@@ -79,12 +80,13 @@ class Inspection:
 
 
 def inspect(trace: Trace) -> Inspection:
-    """Inspection of the selected tokens. Streams; memory is O(L·E²) and a bounded window, whatever the number of tokens."""
+    """Inspection of the selected tokens. Streams; memory is O(L·E²) and a bounded window, whatever the number of tokens and steps."""
     model = trace.model
     locality = LocalityMeter(model, top_k=trace.info.top_k, tokens=trace.tokens)
     total = TraceStats.empty(model)
     loads: dict[str, NDArray[np.int64]] = {}
-    by_step: dict[int, NDArray[np.int64]] = {}
+    by_step: dict[int, NDArray[np.int64]] = {}  # by interval of `width` steps
+    width = 1
     empty, repeated, last = 0, 0, None
     for batch in trace.batches(rows=BATCH, columns=("domain", "step", *COLUMNS)):
         ids = batch.experts_TLK
@@ -98,12 +100,14 @@ def inspect(trace: Trace) -> Inspection:
         for domain in np.unique(batch.columns["domain"]):
             here = _load(ids[batch.columns["domain"] == domain], model.experts)
             loads[str(domain)] = loads.get(str(domain), 0) + here
-        for step in np.unique(batch.columns["step"]):
-            here = _load(ids[batch.columns["step"] == step], model.experts)
-            by_step[int(step)] = by_step.get(int(step), 0) + here
+        width, by_step = _widened(by_step, batch.columns["step"], width)
+        interval_T = batch.columns["step"] // width
+        for interval in np.unique(interval_T):
+            here = _load(ids[interval_T == interval], model.experts)
+            by_step[int(interval)] = by_step.get(int(interval), 0) + here
     names = sorted(loads)
     drift_DDL = np.asarray([[drift_bits(loads[a], loads[b]) for b in names] for a in names])
-    edges, tenths = _tenths(by_step)
+    edges, tenths = _tenths({interval * width: load for interval, load in by_step.items()})
     return Inspection(
         stats=total,
         load_by_domain={name: loads[name] for name in names},
@@ -139,6 +143,15 @@ def _load(ids_TLK: NDArray[np.uint16], experts: int) -> NDArray[np.int64]:
     layers = ids.shape[1]
     flat = (ids + np.arange(layers)[:, None] * (experts + 1)).ravel()
     return np.bincount(flat, minlength=layers * (experts + 1)).reshape(layers, -1)[:, :experts]
+
+
+def _widened(by_step: dict[int, NDArray[np.int64]], step_T: NDArray[Any], width: int) -> tuple[int, dict[int, NDArray[np.int64]]]:
+    """Width of the intervals, and what they hold, doubled until there is room for the steps to come: decoding has a step for every few tokens."""
+    while len(by_step.keys() | set(np.unique(step_T // width).tolist())) > STEPS:
+        width, halves, by_step = 2 * width, by_step, {}
+        for interval, load in halves.items():
+            by_step[interval // 2] = by_step.get(interval // 2, 0) + load
+    return width, by_step
 
 
 def _tenths(by_step: dict[int, NDArray[np.int64]]) -> tuple[list[int], list[NDArray[np.int64]]]:

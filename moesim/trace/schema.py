@@ -26,7 +26,8 @@ NO_EXPERT = 65535
 PHASES = ("train", "prefill", "decode")
 MANIFEST = "manifest.json"
 PART = "part-*.parquet"
-TOKEN_COLUMNS = ("step", "microbatch", "rank", "sequence", "position", "token_id", "phase", "domain", "valid")
+NUMBER_COLUMNS = {"step": "int32", "microbatch": "int32", "rank": "int32", "sequence": "int64", "position": "int32", "token_id": "int32"}
+TOKEN_COLUMNS = (*NUMBER_COLUMNS, "phase", "domain", "valid")
 METADATA_KEY = b"moesim"
 MAX_METADATA_B = 4 * 2**20
 
@@ -66,17 +67,7 @@ def arrow_schema(info: TraceInfo) -> pa.Schema:
     import pyarrow as pa
 
     name = pa.dictionary(pa.int32(), pa.string())
-    kinds = {
-        "step": pa.int32(),
-        "microbatch": pa.int32(),
-        "rank": pa.int32(),
-        "sequence": pa.int64(),
-        "position": pa.int32(),
-        "token_id": pa.int32(),
-        "phase": name,
-        "domain": name,
-        "valid": pa.bool_(),
-    }
+    kinds = {key: pa.type_for_alias(kind) for key, kind in NUMBER_COLUMNS.items()} | {"phase": name, "domain": name, "valid": pa.bool_()}
     columns = [pa.field(key, kind, nullable=False) for key, kind in kinds.items()]
     for prefix, width in info.widths.items():
         item = pa.field("element", pa.uint16() if prefix == "experts" else pa.float16(), nullable=False)

@@ -213,14 +213,15 @@ class Trace:
         return np.concatenate(gathered)
 
     def _check_ids(self, experts_TLK: NDArray[np.uint16], layers: Sequence[int], part: Path) -> None:
+        experts = [self.model.experts_L[self.model.moe_layers.index(layer)] for layer in layers]
         signed = experts_TLK.view(np.int16)  # 65535, no selection, reads as -1: no copy to look for the largest id
-        if signed.max(initial=-1) < self.model.experts and signed.min(initial=-1) >= -1:
+        if signed.max(initial=-1) < min(experts) and signed.min(initial=-1) >= -1:
             return
-        bad = (experts_TLK >= self.model.experts) & (experts_TLK != NO_EXPERT)
+        bad = (experts_TLK >= np.asarray(experts, np.uint16)[:, None]) & (experts_TLK != NO_EXPERT)
         if bad.any():
             token, layer, choice = np.argwhere(bad)[0]
             raise TraceError(
-                f"{part}: expert id {experts_TLK[token, layer, choice]} out of range 0..{self.model.experts - 1} at layer {layers[layer]}; "
+                f"{part}: expert id {experts_TLK[token, layer, choice]} out of range 0..{experts[layer] - 1} at layer {layers[layer]}; "
                 f"the file is damaged or was written for another model than {self.model.name!r}"
             )
 

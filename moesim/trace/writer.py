@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 from moesim.errors import OutputExists, TraceError
 from moesim.files import write_json
 from moesim.model import ModelSpec
-from moesim.trace.schema import FORMAT_VERSION, MANIFEST, NO_EXPERT, PHASES, TraceInfo, arrow_schema
+from moesim.trace.schema import FORMAT_VERSION, MANIFEST, NO_EXPERT, NUMBER_COLUMNS, PHASES, TOKEN_COLUMNS, TraceInfo, arrow_schema
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 GROUP_ROWS = 1 << 15  # tokens encoded at once: few enough to hold in memory, many enough to compress and to skip layers
 GROUP_LOGITS_B = 1 << 26  # logits encoded at once, which are many times larger than ids
@@ -88,6 +91,16 @@ class TraceWriter:
             except FileExistsError:
                 raise OutputExists(f"{self.path}: rank {self.rank} of an earlier run wrote here; give another path, or remove it first") from None
 
+    def rehearse(self) -> None:
+        """Encode one token to nowhere: Arrow loads and binds most of its code when it is first used, milliseconds a run need not wait for."""
+        import pyarrow as pa
+
+        token = [self._column(self._schema.field(name), "" if name == "domain" else "train" if name == "phase" else 0, 1) for name in TOKEN_COLUMNS]
+        fields = [self._schema.field(index) for index in range(len(token), len(self._schema))]
+        lists = [self._list(np.zeros((1, field.type.list_size), field.type.value_type.to_pandas_dtype())) for field in fields]
+        with _parquet(pa.BufferOutputStream(), self._schema) as file:
+            file.write_batch(pa.record_batch([*token, *lists], schema=self._schema))
+
     def append(
         self,
         experts: Mapping[int, NDArray[Any]] | NDArray[Any],
@@ -113,7 +126,6 @@ class TraceWriter:
 
         if self._closed:
             raise TraceError(f"{self.path}: this trace is closed, or writing to it has failed; write to another path")
-        layers = self.info.model.moe_layers
         chosen = self._per_layer(experts, "experts")
         rows = len(chosen[0])
         if rows == 0:
@@ -123,7 +135,7 @@ class TraceWriter:
             "phase": phase, "domain": domain, "valid": valid,
         }  # fmt: skip
         columns = [self._column(self._schema.field(name), value, rows) for name, value in scalars.items()]
-        columns += [self._list(_clean_ids(ids, self.info.model, layer)) for ids, layer in zip(chosen, layers, strict=True)]
+        columns += [self._list(_clean_ids(ids, self.info.model, row)) for row, ids in enumerate(chosen)]
         if self.info.weights:
             if weights is None:
                 raise TraceError("this trace stores gate weights; pass weights=, or open the writer with weights=False")
@@ -168,8 +180,8 @@ class TraceWriter:
         array = np.asarray(value)
         if array.ndim and array.shape != (rows,):
             raise TraceError(f"column {field.name!r}: expected one value or {rows}, got shape {list(array.shape)}")
-        kind = field.type.to_pandas_dtype()
-        return pa.array(np.ascontiguousarray(np.broadcast_to(array.astype(kind), rows)), field.type)
+        array = array.astype(field.type.to_pandas_dtype(), copy=False)
+        return pa.array(np.ascontiguousarray(array) if array.ndim else np.full(rows, array), field.type)
 
     def _list(self, values: NDArray[Any]) -> Any:
         import pyarrow as pa
@@ -239,29 +251,21 @@ class _Part:
 
     def __init__(self, temporary: Path, schema: Any) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        leaves = [f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name for field in schema]
         self.rows = 0
         self._temporary = temporary
         self._sink = pa.OSFile(str(temporary), "wb")
-        self._file = pq.ParquetWriter(
-            self._sink,
-            schema,
-            compression="zstd",
-            # ids: bytes split by significance, which zstd's entropy coder takes below a dictionary's ceil(log2 E) bits;
-            # weights and logits stay plain, for DuckDB cannot read split bytes of 16-bit floats
-            use_dictionary=[leaf for leaf in leaves if not leaf.endswith(".list.element")],
-            column_encoding={leaf: "BYTE_STREAM_SPLIT" for leaf in leaves if leaf.startswith("experts_")},
-            write_statistics=False,
-        )
+        self._file = _parquet(self._sink, schema)
 
     def write(self, batches: Sequence[Any], group_rows: int) -> None:
-        """Add record batches, as row groups of at most `group_rows`."""
+        """Add record batches, as even row groups of at most `group_rows`."""
         import pyarrow as pa
 
-        table = pa.Table.from_batches(batches).unify_dictionaries()
-        self._file.write_table(table, row_group_size=group_rows)
+        table = pa.Table.from_batches(batches)
+        if len(batches) > 1:
+            table = table.unify_dictionaries()
+        groups = max(1, -(-table.num_rows // group_rows))
+        self._file.write_table(table, row_group_size=max(1, -(-table.num_rows // groups)))
         self.rows += table.num_rows
 
     def finish(self, path: Path) -> str:
@@ -283,6 +287,24 @@ class _Part:
         self._temporary.unlink(missing_ok=True)
 
 
+def _parquet(sink: Any, schema: Any) -> pq.ParquetWriter:
+    """A Parquet file in `sink`, encoded as a part of a trace is."""
+    import pyarrow.parquet as pq
+
+    split = [f"{field.name}.list.element" for field in schema if field.name.startswith("experts_")] + list(NUMBER_COLUMNS)
+    return pq.ParquetWriter(
+        sink,
+        schema,
+        compression="zstd",
+        # whole numbers: bytes split by significance, which zstd's entropy coder takes below a dictionary's ceil(log2 E) bits,
+        # without looking every value up; weights and logits stay plain, for DuckDB cannot read split bytes of 16-bit floats
+        use_dictionary=["phase", "domain"],
+        column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+        write_statistics=False,
+        write_batch_size=GROUP_ROWS,
+    )
+
+
 def _coded(value: Column, rows: int) -> Coded:
     """Words of a column given as one word, as codes, or as one word per token."""
     if isinstance(value, Coded):
@@ -293,20 +315,20 @@ def _coded(value: Column, rows: int) -> Coded:
     return Coded(tuple(names.tolist()), np.broadcast_to(codes, rows).astype(np.int32) if len(codes) == 1 else codes.astype(np.int32))
 
 
-def _clean_ids(ids_TK: NDArray[Any], model: ModelSpec, layer: int) -> NDArray[np.uint16]:
-    """[T, K] uint16 with 65535 for no selection; raises TraceError naming the first id out of range."""
+def _clean_ids(ids_TK: NDArray[Any], model: ModelSpec, row: int) -> NDArray[np.uint16]:
+    """[T, K] uint16 of a MoE layer, by its row, with 65535 for no selection; raises TraceError naming the first id out of range."""
+    layer, experts = model.moe_layers[row], model.experts_L[row]
     if not np.issubdtype(ids_TK.dtype, np.integer):
         raise TraceError(f"experts of layer {layer}: expected whole numbers, got {ids_TK.dtype}")
     if ids_TK.dtype == np.uint16:
         signed = ids_TK.view(np.int16)  # 65535, no selection, reads as -1: no copy to look for the largest id
-        if signed.max(initial=-1) < model.experts and signed.min(initial=-1) >= -1:
+        if signed.max(initial=-1) < experts and signed.min(initial=-1) >= -1:
             return ids_TK
     none = ids_TK == NO_EXPERT if ids_TK.dtype.kind == "u" else (ids_TK == -1) | (ids_TK == NO_EXPERT)
-    bad = ~none & ((ids_TK < 0) | (ids_TK >= model.experts))
+    bad = ~none & ((ids_TK < 0) | (ids_TK >= experts))
     if bad.any():
         token, choice = np.argwhere(bad)[0]
         raise TraceError(
-            f"expert id {ids_TK[token, choice]} out of range 0..{model.experts - 1} at layer {layer}, token {token}; "
-            f"is {model.name!r} the right model?"
+            f"expert id {ids_TK[token, choice]} out of range 0..{experts - 1} at layer {layer}, token {token}; is {model.name!r} the right model?"
         )
     return np.where(none, NO_EXPERT, ids_TK).astype(np.uint16)
