@@ -123,16 +123,6 @@ def test_a_host_copy_is_paced_by_its_narrowest_part() -> None:
         path.time_s(-1)
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1e9)), min_size=1, max_size=30))
-def test_a_copy_engine_is_first_in_first_out(copies: list[tuple[float, float]]) -> None:
-    path = host_path(load_cluster("h100x8"), 0)
-    ready, size = np.array(copies).T
-    end, clock = path.fifo_end_s(ready, size), 0.0
-    for i in range(len(copies)):
-        clock = max(clock, ready[i]) + float(path.time_s(size[i]))
-        assert end[i] == pytest.approx(clock)
-
-
 def test_two_buffers_hide_loads_behind_computation() -> None:
     assert ping_pong_s([1, 1, 1], [5, 5, 5]) == 16  # load, then computation alone
     assert ping_pong_s([5, 5, 5], [1, 1, 1]) == 16  # loads, then the last computation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import simpy
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import SimulationError
 from moesim.sim.fabric import Fabric
-from moesim.sim.ledger import waits
+from moesim.sim.ledger import charge
 from moesim.sim.streams import Runner
 from moesim.sim.tasks import Block, Task
 
@@ -34,7 +36,9 @@ def test_a_stream_runs_one_task_at_a_time_in_order_of_readiness() -> None:
     assert times(a, b, c, d) == [(0, 2), (2, 5), (2, 3), (5, 6)]
     assert runner.streams["compute", 0].busy_s == 6
     assert d.cause is b
-    assert waits(d, None, 0.0, 6.0) == [("d", 1.0), ("b", 3.0), ("a", 2.0)]
+    path: dict[str, float] = defaultdict(float)
+    charge(path, d, None, 0.0, 6.0)
+    assert path == {"d": 1.0, "b": 3.0, "a": 2.0}
 
 
 def test_the_more_urgent_task_goes_first_even_when_both_are_ready_at_once() -> None:
@@ -57,6 +61,35 @@ def test_a_copy_in_chunks_gives_way_at_the_next_chunk() -> None:
     late = Task("late", "h2d", 1.5, (wake,), device=0)
     execute([whole, wake, late])
     assert times(late) == [(10, 11.5)], "without chunks it waits for the whole copy"
+
+
+def test_what_gave_way_goes_on_before_others_of_its_priority() -> None:
+    first, second = Task("first", "h2d", 6.0, device=0, chunk_s=2.0, priority=1), Task("second", "h2d", 1.0, device=0, priority=1)
+    wake = Task("wake", "compute", 1.0, device=0)
+    miss = Task("miss", "h2d", 1.0, (wake,), device=0)
+    later = Task("later", "h2d", 1.0, (miss,), device=0)
+    runner = execute([first, second, wake, miss, later])
+    assert times(miss, later, first, second) == [(2, 3), (3, 4), (0, 8), (8, 9)]
+    assert runner.events == 5 + 2, "the end that was set first, and the end of the chunk"
+    with pytest.raises(SimulationError, match="compute is not interrupted"):
+        Task("experts", "compute", 1.0, device=0, chunk_s=0.5)
+
+
+def test_a_task_ends_once_when_its_time_changes_and_changes_back() -> None:
+    compute = Task("experts", "compute", 10.0, device=0)
+    first = Task("dispatch", "exchange", 4.0, sm_share=0.5)
+    second = Task("combine", "exchange", 2.0, (first,), sm_share=0.5)
+    after = Task("after", "compute", 1.0, (compute,), device=0)
+    runner = execute([compute, first, second, after])
+    assert times(first, second, compute, after) == [(0, 4), (4, 6), (0, 13), (13, 14)]
+    assert runner.tasks == 4
+    assert runner.events == 4 + 4, "compute has a new time whenever a collective begins or ends"
+
+
+def test_a_collective_of_the_next_block_slows_what_lets_it_in() -> None:
+    head, beside = Task("experts", "compute", 4.0, device=0), Task("gather", "weights", 2.0, sm_share=0.5)
+    execute([head], [beside])
+    assert times(head, beside) == [(0, 5), (0, 2)]
 
 
 def test_communication_slows_running_compute_by_its_share() -> None:

@@ -38,15 +38,6 @@ class CopyPath:
             raise InputError(f"bytes={bytes_N!r}: a copy has >= 0 bytes")
         return np.where(size_N > 0, self.latency_s + size_N / self.bandwidth_Bps, 0.0)
 
-    def fifo_end_s(self, ready_s_N: ArrayLike, bytes_N: ArrayLike) -> Floats:
-        """When each of N copies ends that share this way's engine, in the order given, each not before it is ready.
-
-        end_i = max(end_{i-1}, ready_i) + time_i  =  sum_{k<=i} time_k + max_{j<=i} (ready_j - sum_{k<j} time_k)
-        """
-        time_N, ready_N = np.broadcast_arrays(self.time_s(bytes_N), np.asarray(ready_s_N, np.float64))
-        done_N = np.cumsum(time_N)
-        return np.asarray(done_N + np.maximum.accumulate(ready_N - (done_N - time_N)))
-
 
 def memory_path(device: Device) -> CopyPath:
     """A copy inside the device's main memory: every byte is read and written."""

@@ -241,7 +241,8 @@ class Fetcher:
             size_A = np.where(hit_A, 0.0, found.size_B_A[own])
             return [Piece(float(size_A[i]), bool(stored_A[i]), float(spent_A[i]), f"expert {expert_A[i]}") for i in order.tolist()]
         wanted_A = planes.wanted(tokens_A)
-        spent_A = one_expert_s(self._cost, device.name, tokens_A / wanted_A, on_chip=self._on_chip[g]) * planes.dequant
+        unpack_s = planes.unpack_B * self._cost.model.expert_parameters / self._cost.peaks[device.name].memory_Bps
+        spent_A = one_expert_s(self._cost, device.name, tokens_A / wanted_A, on_chip=self._on_chip[g]) + unpack_s
         bits = planes.bits if planes.nested else tuple(np.cumsum(planes.bits).tolist())
         plane_B = [self._cost.model.expert_parameters * b / 8 for b in bits]
         pieces: list[Piece] = []

@@ -2,6 +2,7 @@
 
     attention → gate → dispatch → experts → combine        for every step and layer, as the system composes them
 
+A task is work on one stream, of a device or of all; an event is what SimPy calls back for, nearly always the end of a task.
 Exact: order, overlap, priorities, fluid sharing between groups. Grouped: the flows of one exchange move in proportion and
 end together (their busiest port decides, as in the cost model), and collectives keep the devices' communication streams
 in step. With a plain system and no contention a layer takes exactly what the lockstep engine says.
@@ -59,7 +60,8 @@ class EventResult(Result):
     exchanges          all-to-alls of one step that carried something
     gathered           experts gathered on every device, mean over steps and layers
     copies             what was copied to devices whose experts do not all stay on them; None: all do
-    tasks, events      tasks that ran, and SimPy events it took: tasks that end together share one
+    tasks, events      tasks that ended, and SimPy events it took: one for each of them, for each time that changed after it was
+                       set (compute beside a collective, a copy that gives way), and for each alarm of the shared links
     """
 
     moe_s_SL: NDArray[np.float64]
@@ -199,6 +201,8 @@ def simulate_event(
     seconds = float(ledger.end_S[-1])
     weight = full * steps / trace.tokens
     notes = [*(note for way in ways for note in way.notes), NOTE, *totals.notes(steps)]
+    if not (chosen.residency or chosen.ring):  # which hold less than their placement says
+        notes = [*costs.memory(plan.placement, tokens_per_device=tokens_per_device).notes(), *notes]
     if setting.fetcher:
         notes += setting.fetcher.stay.notes
     if weight > 2:
@@ -271,11 +275,11 @@ class _Totals:
             if at_SL.any():
                 copies = routed.copies(cost, back=returning)
                 size_B = (cost.combine_B if returning else cost.dispatch_B) * setting.system.exchange.bytes_scale
-                pairs_SLGG = np.where(at_SL[:, :, None, None], copies.pairs_SLGG, 0.0)
+                pairs_SLGG = copies.pairs_SLGG if at_SL.all() else np.where(at_SL[:, :, None, None], copies.pairs_SLGG, 0.0)
                 moving = sent_LGG(pairs_SLGG, routed.slices) * size_B
                 self._bytes_LGG += np.swapaxes(moving, 1, 2) if back else moving
                 pairs, nodes = pairs_SLGG.sum(axis=(0, 1)), copies.nodes_SLGN[at_SL].sum(axis=0)
-                self.load_K += size_B * sum(setting.links.exchange(pairs, nodes, cost.algorithm, back=back, slices=routed.slices))
+                self.load_K += size_B * setting.links.exchange(pairs, nodes, cost.algorithm, back=back, slices=routed.slices)[0]
 
     def notes(self, steps: int) -> list[str]:
         """What the reader must know."""
@@ -362,4 +366,4 @@ def _gatherable(cost: CostModel, budget_s: float, experts: int) -> int:
 
 
 def _title(stream: str, device: int) -> str:
-    return f"{stream}" if device == ALL else f"{stream} g{device}"
+    return stream if device == ALL else f"{stream} g{device}"

@@ -145,6 +145,7 @@ class Fabric:
         self.env = env
         self.capacity_K = capacity_K
         self.carried_K = np.zeros(len(capacity_K))
+        self.events = 0  # of SimPy
         self._groups: list[_Group] = []
         self._since = 0.0
         self._alarm: simpy.Event | None = None
@@ -190,6 +191,7 @@ class Fabric:
         self._alarm.callbacks.append(self._arrive)
 
     def _arrive(self, event: simpy.Event) -> None:
+        self.events += 1
         if event is not self._alarm:
             return  # rates changed since it was set
         soonest = min(group.left / group.rate for group in self._groups)

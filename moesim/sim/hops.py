@@ -56,14 +56,18 @@ class LinkLoads:
         self.node_G = node_G
         self._gathers: dict[float, Floats] = {}
 
-    def exchange(self, copies_NGG: Floats, copies_NGN: Floats, algorithm: Algorithm, *, back: bool, slices: int = 1) -> tuple[Floats, Floats]:
-        """(link_NK, nic_NK): loads inside nodes and between them of a dispatch, or of its way back, for each byte of a copy."""
-        link, nic = hops(copies_NGG, copies_NGN, self.node_G, algorithm)
+    def exchange(
+        self, copies_NGG: Floats, copies_NGN: Floats, algorithm: Algorithm, *, back: bool, apart: bool = False, slices: int = 1
+    ) -> tuple[Floats, ...]:
+        """Loads of a dispatch, or of its way back, for each byte of a copy: (whole_NK,), or `apart` (nic_NK, link_NK), between nodes and inside."""
+        if algorithm == "flat" and not apart:
+            sent: tuple[Floats, ...] = (copies_NGG,)
+        else:
+            link, nic = hops(copies_NGG, copies_NGN, self.node_G, algorithm)
+            sent = (nic, link) if apart else (link + nic,)
         if slices > 1:
-            link = link + member_copies(copies_NGG, slices)
-        if back:
-            link, nic = np.swapaxes(link, -1, -2), np.swapaxes(nic, -1, -2)
-        return self.wiring.loads(link), self.wiring.loads(nic)
+            sent = (*sent[:-1], sent[-1] + member_copies(copies_NGG, slices))
+        return tuple(self.wiring.loads(np.swapaxes(matrix, -1, -2) if back else matrix) for matrix in sent)
 
     def gather(self, size_B: float) -> Floats:
         """Load of an all-gather of `size_B`."""

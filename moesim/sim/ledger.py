@@ -30,12 +30,7 @@ class Ledger:
 
     def waited(self, task: Task, since: float) -> None:
         """Attribute the idle time before a compute task to what it waited for, back along the chain of causes."""
-        cause, start = task.cause, task.start
-        if cause is not None and cause.device == ALL and cause.start <= since:  # the usual case: one collective
-            self.stall_s[cause.kind] += start - since
-            return
-        for kind, seconds in waits(cause, task.device, since, start):
-            self.stall_s[kind] += seconds
+        charge(self.stall_s, task.cause, task.device, since, task.start)
 
     def block_ended(self, block: Block) -> None:
         """Book the block's span; at the end of a step, its critical path. Lets go of the step before."""
@@ -48,8 +43,7 @@ class Ledger:
             return
         end = max(after, key=lambda t: t.end)
         self.end_S[step] = end.end
-        for kind, seconds in waits(end, None, self._before, end.end):
-            self.path_s[kind] += seconds
+        charge(self.path_s, end, None, self._before, end.end)
         self._before = end.end
         for old in self._old:
             for task in old.tasks:
@@ -57,16 +51,18 @@ class Ledger:
         self._old, self._held = self._held, []
 
 
-def waits(cause: Task | None, device: int | None, begin: float, end: float) -> list[tuple[str, float]]:
-    """(kind, seconds) of the chain of tasks that covers begin..end backwards; compute of another device is a "slower device"."""
-    found = []
-    while end > begin and cause is not None:
-        start = max(cause.start, begin)
+def charge(to_s: dict[str, float], cause: Task | None, device: int | None, begin: float, end: float) -> None:
+    """Add begin..end to kinds of tasks, backwards along the chain of causes; compute of another device is a "slower device"."""
+    while cause is not None:
+        start = cause.start
         if start < end:
-            foreign = device is not None and cause.stream == "compute" and cause.device not in (device, ALL)
-            found.append(("slower device" if foreign else cause.kind, end - start))
+            foreign = cause.stream == "compute" and cause.device != device and device is not None and cause.device != ALL
+            kind = "slower device" if foreign else cause.kind
+            if start <= begin:
+                to_s[kind] += end - begin
+                return
+            to_s[kind] += end - start
             end = start
         cause = cause.cause
     if end > begin:
-        found.append(("nothing to do", end - begin))
-    return found
+        to_s["nothing to do"] += end - begin

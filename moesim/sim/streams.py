@@ -2,7 +2,7 @@
 
 A collective keeps the communication streams of all devices in step, so one stream stands for theirs. A stream runs one
 task at a time, the most urgent first. Collectives may take part of the devices' compute (`sm_share`) and may share
-links (`Fabric`). One SimPy event ends all tasks that end together; cost grows with tasks, never with tokens.
+links (`Fabric`). SimPy keeps the clock, and a task is its own SimPy event: cost grows with tasks, never with tokens.
 """
 
 from __future__ import annotations
@@ -10,40 +10,42 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator
-from heapq import heappop, heappush
+from functools import partial
+from heapq import heappop, heappush, heappushpop
+from typing import Any
 
 import simpy
-from simpy.events import Timeout
+from simpy.events import NORMAL
 
 from moesim.errors import SimulationError
 from moesim.sim.fabric import Fabric
 from moesim.sim.tasks import Block, Task, check_acyclic
 
+_NEVER = math.inf
+
 
 class Stream:
-    """One queue: `task` runs, `queue` waits as (priority, turn, task)."""
+    """One queue: `task` runs since `since`, `queue` waits as (priority, turn, task), `last` ended last."""
 
-    __slots__ = ("busy_s", "computes", "free_at", "last", "pausing", "queue", "task")
+    __slots__ = ("busy_s", "computes", "last", "pausing", "queue", "since", "task")
 
     def __init__(self, name: str) -> None:
         self.computes = name == "compute"
         self.task: Task | None = None
         self.queue: list[tuple[int, int, Task]] = []
         self.busy_s = 0.0
-        self.free_at = 0.0
+        self.since = 0.0
         self.last: Task | None = None
         self.pausing = False
 
 
 class _Run:
-    """A block from its admission until all its tasks have ended."""
+    """How many tasks of a block have not ended."""
 
-    __slots__ = ("block", "left", "number")
+    __slots__ = ("left",)
 
-    def __init__(self, number: int, block: Block) -> None:
-        self.number = number
-        self.block = block
-        self.left = len(block.tasks)
+    def __init__(self, left: int) -> None:
+        self.left = left
 
 
 class Runner:
@@ -53,7 +55,8 @@ class Runner:
     on_wait   each compute task as it starts on a stream that has been idle, and since when
     on_block  each block as its last task ends
 
-    `tasks` counts tasks that ended, `events` SimPy events it took.
+    An event is what SimPy calls back for: the end of a task, or a time that has changed since it was set (a copy that gives
+    way, compute beside a collective), or the next arrival on the links. `tasks` counts tasks that ended, `events` all of these.
     """
 
     def __init__(
@@ -69,16 +72,20 @@ class Runner:
         self.fabric = fabric
         self.streams: dict[tuple[str, int], Stream] = {}
         self.tasks = 0
-        self.events = 0
         self._program = program
         self._on_wait, self._on_block, self._on_task = on_wait, on_block, on_task
+        self._alarms = 0
         self._turn = 0
         self._speed = 1.0  # of compute, beside collectives
-        self._open: dict[int, _Run] = {}
-        self._admitted = 0
+        self._open: dict[_Run, Block] = {}
         self._head: Task | None = None
-        self._latest: Timeout | None = None  # the event made last, and when it fires
-        self._latest_at = 0.0
+        self._callbacks = [self._end]
+        self._schedule: Callable[[Any, Any, float], None] = self.env.schedule
+
+    @property
+    def events(self) -> int:
+        """SimPy events so far."""
+        return self._alarms + self.fabric.events
 
     def run(self) -> None:
         """Run the program to its end; SimulationError names a task that can never start."""
@@ -90,8 +97,8 @@ class Runner:
         finally:
             if collecting:
                 gc.enable()
-        for run in self._open.values():
-            stuck = next(task for task in run.block.tasks if task.end < 0)
+        for block in self._open.values():
+            stuck = next(task for task in block.tasks if task.end < 0)
             missing = [repr(task) for task in stuck.after if task.end < 0]
             reason = f"waits for {missing[0]}, which never ends; admit it or remove the dependency" if missing else "never ends"
             raise SimulationError(f"nothing can progress at {self.env.now:g} s: {stuck} {reason}")
@@ -101,8 +108,8 @@ class Runner:
         if block is None:
             return
         tasks, streams = block.tasks, self.streams
-        run = self._open[self._admitted] = _Run(self._admitted, block)
-        self._admitted += 1
+        run = _Run(len(tasks))
+        self._open[run] = block
         self._head = tasks[0]
         free, late = [], False
         for task in tasks:
@@ -118,8 +125,8 @@ class Runner:
                         late = True
                 elif latest is None or other.end > latest.end:
                     latest = other
-            task.waiting = waiting
             task.cause = latest
+            task.waiting = waiting
             if not waiting:
                 free.append(task)
         if late:  # a task waits for one that comes after it, or is in no block
@@ -128,71 +135,68 @@ class Runner:
             self._ready(task, now)
 
     def _ready(self, task: Task, now: float) -> None:
-        self._turn += 1
-        task.turn = self._turn
+        """Start a task, or queue it behind what runs on its stream, which may give way."""
         stream = task.on
         running = stream.task
         if running is None:
             self._start(stream, task, now)
             return
-        heappush(stream.queue, (task.priority, task.turn, task))
-        if running.chunk_s > 0 and running.end < 0 and task.priority < running.priority and not stream.pausing and running.load_K is None:
-            self._pause(stream, running, now)
+        self._turn += 1
+        heappush(stream.queue, (task.priority, self._turn, task))
+        if running.chunk_s and task.priority < running.priority and running.due < _NEVER and not stream.pausing:
+            self._pause(running, now)
 
     def _start(self, stream: Stream, task: Task, now: float) -> None:
+        """Run a task on a free stream, from its begin or from where it gave way."""
         stream.task = task
+        stream.since = now
         if task.start < 0:
+            delay_s = task.work_s
+            task.start = now
             last = stream.last
             if last is not None and (task.cause is None or last.end > task.cause.end):
                 task.cause = last
-            task.start = now
-            task.left_s = task.work_s
-            if stream.computes and now > stream.free_at and self._on_wait:
-                self._on_wait(task, stream.free_at)
-            if task is self._head:
-                self._admit(now)
-        task.since = now
+            if stream.computes and self._on_wait:
+                free_at = 0.0 if last is None else last.end
+                if now > free_at:
+                    self._on_wait(task, free_at)
+        else:
+            delay_s = task.left_s
         if task.sm_share:
             self._slow(-task.sm_share, now)
-        if task.load_K is not None and task.load_K.max(initial=0.0) > 0:
-            self.fabric.send(task.load_K, lambda: self._arrived(task), least_s=task.work_s)
-            return
-        self._alarm(task, now, task.left_s / self._speed if stream.computes else task.left_s)
+        if task.load_K is None or not task.load_K.any():
+            self._alarm(task, now, delay_s / self._speed if stream.computes else delay_s)
+        else:
+            task.due = _NEVER
+            self.fabric.send(task.load_K, partial(self._arrived, task), least_s=task.work_s)
+        if task is self._head:
+            self._admit(now)
 
     def _alarm(self, task: Task, now: float, delay_s: float) -> None:
-        """Wake up for a task; tasks that end at the same time, as those of equal devices do, share one event."""
-        at = now + delay_s
-        event = self._latest
-        if event is None or at != self._latest_at or event.callbacks is None:
-            self._latest_at = at
-            self._latest = event = Timeout(self.env, delay_s, [])
-            event.callbacks.append(self._fire)
-        event._value.append(task)
-        task.event = event
-
-    def _fire(self, event: simpy.Event) -> None:
-        self.events += 1
-        now = self.env.now
-        for task in event._value:
-            if task.event is event:  # else its time has changed since
-                if task.on.pausing:
-                    self._yield(task.on, task, now)
-                else:
-                    self._end(task, now)
+        """Have SimPy call back at a task's time; of several alarms of a task the last counts."""
+        self._alarms += 1
+        task.due = now + delay_s
+        task.callbacks = self._callbacks
+        self._schedule(task, NORMAL, delay_s)
 
     def _arrived(self, task: Task) -> None:
-        self.events += 1
-        self._end(task, self.env.now)
+        task.due = self.env.now
+        self._end(task)
 
-    def _end(self, task: Task, now: float) -> None:
+    def _end(self, task: Task) -> None:
+        """SimPy calls back: the task ends or gives way, unless its time has changed since."""
+        task.callbacks = self._callbacks  # SimPy took them, and another alarm may be on its way
+        now = self.env.now
+        if task.due != now:
+            return
+        task.due = _NEVER
         stream, run = task.on, task.run
+        if stream.pausing:
+            self._yield(task, now)
+            return
         task.end = now
-        task.event = None
-        task.after, task.run = (), None  # no cycles, so that it goes away with its block
-        stream.busy_s += now - task.since
-        stream.free_at = now
+        stream.busy_s += now - stream.since
         stream.last = task
-        self.tasks += 1
         if task.sm_share:
             self._slow(task.sm_share, now)
         for follower in task.next:
@@ -200,6 +204,7 @@ class Runner:
             if not follower.waiting:
                 follower.cause = task
                 self._ready(follower, now)
+        task.after = ()  # what has ended holds no other task but its cause, so that it goes away with its block
         task.next.clear()
         stream.task = None  # only now, so that the most urgent of all that are ready goes next
         if stream.queue:
@@ -208,29 +213,32 @@ class Runner:
             self._on_task(task)
         run.left -= 1
         if not run.left:
-            del self._open[run.number]
-            if self._on_block:
-                self._on_block(run.block)
+            self._close(run)
 
-    def _pause(self, stream: Stream, task: Task, now: float) -> None:
+    def _close(self, run: _Run) -> None:
+        block = self._open.pop(run)
+        self.tasks += len(block.tasks)
+        if self._on_block:
+            self._on_block(block)
+
+    def _pause(self, task: Task, now: float) -> None:
         """Let a task end its current chunk, if one follows it."""
-        done = now - task.since
-        boundary = max(1, math.ceil(done / task.chunk_s - 1e-9)) * task.chunk_s
-        if boundary < task.left_s * (1 - 1e-9):
+        stream = task.on
+        done_s, whole_s = now - stream.since, task.due - stream.since
+        boundary_s = max(1, math.ceil(done_s / task.chunk_s - 1e-9)) * task.chunk_s
+        if boundary_s < whole_s * (1 - 1e-9):
             stream.pausing = True
-            self._alarm(task, now, max(0.0, boundary - done))
+            task.left_s = whole_s - boundary_s
+            self._alarm(task, now, max(0.0, boundary_s - done_s))
 
-    def _yield(self, stream: Stream, task: Task, now: float) -> None:
+    def _yield(self, task: Task, now: float) -> None:
+        """A chunk has ended: what is most urgent goes on, this task before others of its priority."""
+        stream = task.on
         stream.pausing = False
-        stream.busy_s += now - task.since
-        stream.free_at = now
-        task.left_s -= now - task.since
-        task.event = None
+        stream.busy_s += now - stream.since
         if task.sm_share:
             self._slow(task.sm_share, now)
-        heappush(stream.queue, (task.priority, task.turn, task))
-        stream.task = None
-        self._start(stream, heappop(stream.queue)[2], now)
+        self._start(stream, heappushpop(stream.queue, (task.priority, 0, task))[2], now)
 
     def _slow(self, change: float, now: float) -> None:
         """Compute speeds up or slows down; running tasks keep what they have done."""
@@ -242,8 +250,5 @@ class Runner:
             self._speed = 1.0
         for stream in self.streams.values():
             task = stream.task
-            if task is not None and stream.computes and task.event is not None:
-                task.left_s = max(0.0, task.left_s - (now - task.since) * before)
-                stream.busy_s += now - task.since
-                task.since = now
-                self._alarm(task, now, task.left_s / self._speed)
+            if stream.computes and task is not None and task.due < _NEVER:
+                self._alarm(task, now, max(0.0, task.due - now) * before / self._speed)

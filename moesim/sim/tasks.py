@@ -1,4 +1,4 @@
-"""Tasks: what runs on a stream, and what it waits for."""
+"""Tasks: what runs on a stream, and what it waits for. A task is its own SimPy event."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ class Task:
     work_s     seconds it takes undisturbed
     load_K     bytes on the links, for tasks that share the fabric; it then takes at least work_s
     sm_share   share of every device's compute it takes while it runs
-    chunk_s    > 0: may be interrupted by more urgent tasks at multiples of chunk_s
+    chunk_s    > 0: may be interrupted by more urgent tasks at multiples of chunk_s; not on a compute stream
     priority   lower is more urgent; equal ones in the order they became ready
     about      what it does, in words, where the kind does not say it
     """
 
     __slots__ = (
-        "about", "after", "cause", "chunk", "chunk_s", "device", "end", "event", "kind", "label", "left_s", "load_K", "next", "on", "priority",
-        "run", "since", "sm_share", "start", "stream", "turn", "waiting", "work_s",
+        "about", "after", "callbacks", "cause", "chunk", "chunk_s", "device", "due", "end", "kind", "label", "left_s", "load_K", "next", "on",
+        "priority", "run", "sm_share", "start", "stream", "waiting", "work_s",
     )  # fmt: skip
-    waiting: int  # unfinished tasks it waits for, once it is admitted
-    cause: Task | None  # what it waited for last, once it is admitted
-    on: Any  # the stream, and
-    turn: int  # its place in the queue, once it is ready
-    since: float  # when it went on, and
-    left_s: float  # what was left then, once it has started
+    _ok = True  # as SimPy asks of its events
+    callbacks: Any  # of SimPy, while its time is set
+    waiting: int  # unfinished tasks it waits for, and
+    cause: Task | None  # what it waited for last, and
+    on: Any  # its stream, once it is admitted
+    due: float  # when it will end or give way, inf: not known; once it has started
+    left_s: float  # what is left of it, once it has given way
 
     def __init__(
         self,
@@ -59,6 +60,8 @@ class Task:
     ) -> None:  # by position where many are made: keywords take twice as long as the rest
         if not 0 <= work_s < _INFINITE:
             raise SimulationError(f"task {kind} of device {device}: takes {work_s} s; a cost must be finite and >= 0")
+        if chunk_s and stream == "compute":
+            raise SimulationError(f"task {kind} of device {device}: chunk_s={chunk_s}: compute is not interrupted; give it to copies and collectives")
         self.kind = kind
         self.stream = stream
         self.work_s = work_s
@@ -73,9 +76,8 @@ class Task:
         self.about = about
         self.start = -1.0  # -1: not yet
         self.end = -1.0
-        self.next: list[Task] = []
+        self.next: list[Task] = []  # tasks that wait for it
         self.run: Any = None  # of the block it was admitted with
-        self.event: object = None  # at which it will end or pause
 
     def __repr__(self) -> str:
         step, layer = self.label
