@@ -141,6 +141,31 @@ def test_within_one_percent_of_the_milp_optimum_on_50_instances():
     assert (found.cost_L <= 1.01 * best_L).all(), (found.cost_L / best_L).max()
 
 
+@given(seed=st.integers(0, 2**20), price=st.sampled_from([0.0, 0.01, 0.1, 10.0]), spare=st.integers(0, 4))
+@settings(max_examples=20, deadline=None)
+def test_a_touch_never_loses_at_its_price_and_dear_moves_are_not_made(seed, price, spare):
+    slots_G, node_G = [3, 3, 3, 3 + spare], [0, 0, 1, 1]
+    experts_TLK = routing(seed, 128, 2, 3, 12, groups=3)
+    name_LE = np.array([np.random.default_rng([seed, layer]).permutation(12) for layer in range(2)])
+    live_LP, device_P = np.concatenate([name_LE, name_LE[:, :spare]], axis=1), np.repeat(np.arange(4), slots_G)
+    live_LGE = np.zeros((2, 4, 12), np.bool_)
+    live_LGE[np.arange(2)[:, None], device_P, live_LP] = True
+    found = search.Search(
+        experts_TLK, loads(experts_TLK, 12), slots_G, node_G, busy=1.0, fanout=0.5, node_fanout=0.5, peak=0.0, noise=False,
+        limits=Limits(live_LGE=live_LGE, start_LP=live_LP),
+    )  # fmt: skip
+    slots_LP, finished = found.touched(live_LP, move=price, seed=(seed,))
+    assert finished
+    for layer in range(2):
+        before, after = (
+            np.dot((1.0, 0.5, 0.5), measure(experts_TLK[:, layer], loads(experts_TLK, 12)[layer], slots_P, slots_G, node_G))
+            for slots_P in (live_LP[layer], slots_LP[layer])
+        )
+        moves = int((~live_LGE[layer, device_P, slots_LP[layer]]).sum())
+        assert after + price * moves <= before + 1e-9
+        assert price < 10.0 or not moves
+
+
 @given(load=st.lists(st.integers(1, 50), min_size=1, max_size=8), devices=st.integers(2, 3))
 @settings(max_examples=60, deadline=None)
 def test_greedy_balance_keeps_the_lpt_bound(load, devices):

@@ -1,7 +1,8 @@
 """Placement search: which expert in which slot, so that devices are evenly loaded and tokens travel little.
 
 Every layer on its own, in threads: greedy balance, then rounds of annealing (each four times longer than the one
-before, the best kept), each ended by a descent. Stopping early keeps the best found so far.
+before, the best kept), each ended by a descent. Stopping early keeps the best found so far. From slots that are good already, a
+short and cool annealing alone.
 T tokens, L layers, K selections, E experts, P slots (sum of `slots_G`), G devices.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -34,29 +35,26 @@ MOVES = 150_000  # of the last round, times the cube root of the number of slots
 MOST_WORK = 3e9  # moves times words of a token set, over all layers: larger problems get shorter rounds, to end in half a minute
 CHUNK = 20_000  # moves between two looks at the clock, about 10 ms
 ROUNDS = 3
-HOT, WARM, COLD = 0.5, 0.2, 0.03  # temperatures in typical changes of cost by a random move; the last round inside a node starts warm
+TOUCH = 12  # the last round is so many times longer than a touch
+# first and last temperature, in typical changes of cost by a random move
+WARM = (0.5, 0.03)
+MILD = (0.2, 0.03)  # the last round inside a node
+HOT = (2.0, 0.1)  # across nodes, where nodes can share out whole copies of all experts and time allows `SLOW` moves per slot
+COOL = (0.05, 0.01)  # a touch
+SLOW = 4000
 
 Progress = Callable[[float, float], None]
+Slots = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """Slots with the objective of each layer; `finished` tells whether time allowed every round."""
 
-    slots_LP: NDArray[np.int64]
+    slots_LP: Slots
     cost_L: NDArray[np.float64]
     start_cost_L: NDArray[np.float64]
     finished: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """One layer, its best slots so far."""
-
-    given: Layer
-    best_P: NDArray[np.int64]
-    best_1: NDArray[np.float64]
-    start_P: NDArray[np.int64]
 
 
 def search_slots(
@@ -71,15 +69,28 @@ def search_slots(
     peak: float = 0.0,
     noise: bool = True,
     limits: Limits | None = None,
-    rounds: int = ROUNDS,
     seed: int = 0,
     time_limit_s: float = math.inf,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Found:
-    """Minimise, in each layer, what its tokens pay:
+    """Least cost found by all rounds of annealing; what is minimised, and from what, is told at `Search`.
 
-        busy · busiest / mean device load + fanout · devices per token + node_fanout · nodes per token
+    time_limit_s : soft limit, looked at every few milliseconds; a result that was not cut off depends on the
+        seed only, not on time, threads or process.
+    progress : called with the fraction done and the mean cost over layers, after each layer of each round.
+    """
+    compile_kernels()
+    stop_s = time.monotonic() + time_limit_s
+    terms = {"busy": busy, "fanout": fanout, "node_fanout": node_fanout, "peak": peak}
+    search = Search(experts_TLK, load_LE, slots_G, node_G, **terms, noise=noise, limits=limits, threads=threads)
+    return search.annealed(seed=seed, stop_s=stop_s, progress=progress)
+
+
+class Search:
+    """Layers ready to be searched for slots that minimise what their tokens pay:
+
+        busy · busiest / mean device load + fanout · devices per token + node_fanout · nodes per token + move · moves
 
     Loads are `load_LE`, split evenly over replicas; travel is counted on the token sets of `experts_TLK`,
     token t going to replica `t mod count` of an expert (rule `even`, replicas numbered by slot).
@@ -93,109 +104,155 @@ def search_slots(
     peak : share of the price of travel that is paid for the busiest device (and node) instead of the mean one: the
         busiest port sets the time of an exchange.
     limits : pins, experts apart, the live plan, slots to begin with.
-    rounds : fewer than three stop after the first, shorter ones; none is the descent alone.
-    time_limit_s : soft limit, looked at every few milliseconds; a result that was not cut off depends on the
-        seed only, not on time, threads or process.
-    progress : called with the fraction done and the mean cost over layers, after each layer of each round.
 
     Raises
     ------
     InputError
         If ids, loads, slots or nodes contradict one another or prices are negative.
     """
-    compile_kernels()
-    stop_s = time.monotonic() + time_limit_s
-    experts_TLK = np.asarray(experts_TLK)
-    load_LE = np.asarray(load_LE, dtype=np.float64)
-    slots_G, node_G = np.asarray(slots_G, dtype=np.int64), np.asarray(node_G, dtype=np.int64)
-    _check(experts_TLK, load_LE, slots_G, node_G, (busy, fanout, node_fanout, peak, 1.0 - peak))
-    limits = limits or Limits()
-    node_G = np.unique(node_G, return_inverse=True)[1].astype(np.int64)
-    if len(experts_TLK) > MOST_TOKENS:
-        experts_TLK = experts_TLK[np.linspace(0, len(experts_TLK) - 1, MOST_TOKENS).astype(np.int64)]
-    layers, experts = load_LE.shape
-    first_G = np.concatenate([[0], np.cumsum(slots_G)])
-    slots = int(first_G[-1])
-    live = int(np.count_nonzero(slots_G))
-    turn_RW = _turns(len(experts_TLK), min(live, slots - experts + 1))
-    inside = len(np.unique(node_G[slots_G > 0])) == 1
-    most_moves = min(MOVES * math.cbrt(slots) * (1 if inside else 2), MOST_WORK / (layers * turn_RW.shape[1] or 1))
-    unit = max(busy, fanout, node_fanout) or 1.0  # the search knows prices of the order of one
-    flat, nodes_live = 1.0 - peak, len(np.unique(node_G[slots_G > 0]))
-    price_5 = np.array([busy, flat * fanout, flat * node_fanout, peak * fanout * live, peak * node_fanout * nodes_live]) / unit
-    device_P = np.repeat(np.arange(len(slots_G)), slots_G)
-    nothing, nothing_EE = np.zeros((0, 0), np.bool_), np.zeros((0, 0))
 
-    def prepare(layer: int) -> _Task:
-        start_P = balanced_slots(load_LE[layer], first_G) if limits.start_LP is None else limits.start_LP[layer].astype(np.int64)
-        greedy_P = start_P if limits.start_LP is None else balanced_slots(load_LE[layer], first_G)
-        given = Layer(
-            member_EW=_members(experts_TLK[:, layer], experts),
-            turn_RW=turn_RW,
-            load_E=load_LE[layer],
-            noise_EE=_noise(experts_TLK[:, layer], load_LE[layer]) if noise else nothing_EE,
-            first_G=first_G,
-            device_P=device_P,
-            node_G=node_G,
-            price_5=price_5,
-            per_mean=live / max(float(load_LE[layer].sum()), 1e-300),
-            soft=0.0,
-            tokens=max(len(experts_TLK), 1),
-            # copies: kernels would be compiled anew, inside the time limit, for arrays that are read-only
-            pin_GE=nothing if limits.pinned_LGE is None else np.array(limits.pinned_LGE[layer]),
-            apart_EE=nothing if limits.apart_LEE is None else np.array(limits.apart_LEE[layer]),
-            live_GE=nothing if limits.live_LGE is None else np.array(limits.live_LGE[layer]),
-            move=limits.move / unit,
-        )
-        given = given._replace(soft=_softness(given, _state(given, greedy_P, 0), live))
-        return _Task(given=given, start_P=start_P, best_P=start_P.copy(), best_1=np.array([cost(given, _state(given, start_P, 0))]))
+    def __init__(
+        self,
+        experts_TLK: NDArray[np.integer],
+        load_LE: ArrayLike,
+        slots_G: ArrayLike,
+        node_G: ArrayLike,
+        *,
+        busy: float,
+        fanout: float,
+        node_fanout: float,
+        peak: float,
+        noise: bool = True,
+        limits: Limits | None = None,
+        threads: int | None = None,
+    ) -> None:
+        experts_TLK = np.asarray(experts_TLK)
+        load_LE = np.asarray(load_LE, dtype=np.float64)
+        slots_G, node_G = np.asarray(slots_G, dtype=np.int64), np.asarray(node_G, dtype=np.int64)
+        _check(experts_TLK, load_LE, slots_G, node_G, (busy, fanout, node_fanout, peak, 1.0 - peak))
+        limits = limits or Limits()
+        node_G = np.unique(node_G, return_inverse=True)[1].astype(np.int64)
+        if len(experts_TLK) > MOST_TOKENS:
+            experts_TLK = experts_TLK[np.linspace(0, len(experts_TLK) - 1, MOST_TOKENS).astype(np.int64)]
+        layers, experts = load_LE.shape
+        first_G = np.concatenate([[0], np.cumsum(slots_G)])
+        slots, live = int(first_G[-1]), int(np.count_nonzero(slots_G))
+        turn_RW = _turns(len(experts_TLK), min(live, slots - experts + 1))
+        nodes_live = len(np.unique(node_G[slots_G > 0]))
+        most_moves = min(MOVES * math.cbrt(slots) * (1 if nodes_live == 1 else 2), MOST_WORK / (layers * turn_RW.shape[1] or 1))
+        copies = nodes_live > 1 and slots >= 2 * experts and most_moves >= SLOW * slots
+        self._most_moves, self._last = int(most_moves), MILD if nodes_live == 1 else HOT if copies else WARM
+        self._unit = unit = max(busy, fanout, node_fanout) or 1.0  # the search knows prices of the order of one
+        self._threads = threads or os.cpu_count()
+        flat, nothing, nothing_EE = 1.0 - peak, np.zeros((0, 0), np.bool_), np.zeros((0, 0))
+        price_5 = np.array([busy, flat * fanout, flat * node_fanout, peak * fanout * live, peak * node_fanout * nodes_live]) / unit
+        device_P = np.repeat(np.arange(len(slots_G)), slots_G)
 
-    def improve(layer: int, task: _Task, round_: int) -> bool:
-        if time.monotonic() > stop_s:
-            return False
-        draw = np.random.SeedSequence([seed, layer, round_]).generate_state(1, np.uint64)[0]
-        moves = int(most_moves) // 4 ** (ROUNDS - 1 - round_) if rounds else 0
-        state = _state(task.given, task.start_P, draw)
-        step = typical_step(task.given, state, 200) if moves else 0.0
-        state = _state(task.given, task.start_P, draw)
-        best_P, best_1 = task.start_P.copy(), np.array([cost(task.given, state)])
-        hot = WARM if inside and round_ == ROUNDS - 1 else HOT
-        done = 0
-        while step > 0 and done < moves and time.monotonic() < stop_s:
-            until = min(done + CHUNK, moves)
-            anneal(task.given, state, best_P, best_1, done, until, moves, hot * step, COLD * step)
-            done = until
-        state = _state(task.given, best_P, draw)
-        fresh_G = np.ones(len(node_G), np.bool_)
-        while time.monotonic() < stop_s:
-            whole = bool(fresh_G.all())
-            if descend(task.given, state, fresh_G):
-                continue
-            if whole:
-                break
-            fresh_G[:] = True  # the end is an optimum only when a whole pass says so
-        state = _state(task.given, state.slots_P, draw)
-        if cost(task.given, state) < task.best_1[0]:
-            task.best_P[:], task.best_1[0] = state.slots_P, cost(task.given, state)
-        return done == moves or step == 0
+        def prepare(layer: int) -> tuple[Layer, Slots]:
+            greedy_P = balanced_slots(load_LE[layer], first_G)
+            given = Layer(
+                member_EW=_members(experts_TLK[:, layer], experts),
+                turn_RW=turn_RW,
+                load_E=load_LE[layer],
+                noise_EE=_noise(experts_TLK[:, layer], load_LE[layer]) if noise else nothing_EE,
+                first_G=first_G,
+                device_P=device_P,
+                node_G=node_G,
+                price_5=price_5,
+                per_mean=live / max(float(load_LE[layer].sum()), 1e-300),
+                soft=0.0,
+                tokens=max(len(experts_TLK), 1),
+                # copies: kernels would be compiled anew, inside the time limit, for arrays that are read-only
+                pin_GE=nothing if limits.pinned_LGE is None else np.array(limits.pinned_LGE[layer]),
+                apart_EE=nothing if limits.apart_LEE is None else np.array(limits.apart_LEE[layer]),
+                live_GE=nothing if limits.live_LGE is None else np.array(limits.live_LGE[layer]),
+                move=limits.move / unit,
+            )
+            start_P = greedy_P if limits.start_LP is None else limits.start_LP[layer].astype(np.int64)
+            return given._replace(soft=_softness(given, _state(given, greedy_P, 0), live)), start_P
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        tasks = list(pool.map(prepare, range(layers)))
-        start_cost_L = np.array([task.best_1[0] for task in tasks])
+        with ThreadPoolExecutor(self._threads) as pool:
+            prepared = list(pool.map(prepare, range(layers)))
+        self._layers = [given for given, _ in prepared]
+        self.start_LP = np.array([start_P for _, start_P in prepared])
+
+    def annealed(self, *, seed: int, stop_s: float = math.inf, progress: Progress | None = None) -> Found:
+        """Best of all rounds from `start_LP`; `stop_s` is a time of the monotonic clock."""
+        starts = zip(self._layers, self.start_LP, strict=True)
+        best = [_Best(slots_P=start_P, cost=float(cost(given, _state(given, start_P, 0))), finished=True) for given, start_P in starts]
+        start_cost_L = np.array([one.cost for one in best])
         finished = True
-        for round_ in range(max(rounds, 1)):
-            jobs = [pool.submit(improve, layer, task, round_) for layer, task in enumerate(tasks)]
-            for count, job in enumerate(as_completed(jobs), start=1):
-                finished &= job.result()
-                if progress is not None:
-                    work = sum(4.0**r for r in range(round_)) + 4.0**round_ * count / layers
-                    progress(work / sum(4.0**r for r in range(max(rounds, 1))), unit * float(np.mean([t.best_1[0] for t in tasks])))
-    return Found(
-        slots_LP=np.array([task.best_P for task in tasks]),
-        cost_L=unit * np.array([task.best_1[0] for task in tasks]),
-        start_cost_L=unit * start_cost_L,
-        finished=finished,
-    )
+        with ThreadPoolExecutor(self._threads) as pool:
+            for round_ in range(ROUNDS):
+                last = round_ == ROUNDS - 1
+                moves, heat = self._most_moves // 4 ** (ROUNDS - 1 - round_), self._last if last else WARM
+                jobs = {
+                    pool.submit(_anneal, given, start_P, moves, heat, (seed, layer, round_), stop_s): layer
+                    for layer, (given, start_P) in enumerate(zip(self._layers, self.start_LP, strict=True))
+                }
+                for count, job in enumerate(as_completed(jobs), start=1):
+                    found, layer = job.result(), jobs[job]
+                    finished &= found.finished
+                    best[layer] = min(best[layer], found, key=lambda one: one.cost)
+                    if progress is not None:
+                        work = sum(4.0**r for r in range(round_)) + 4.0**round_ * count / len(jobs)
+                        progress(work / sum(4.0**r for r in range(ROUNDS)), self._unit * float(np.mean([one.cost for one in best])))
+        return Found(
+            slots_LP=np.array([one.slots_P for one in best]),
+            cost_L=self._unit * np.array([one.cost for one in best]),
+            start_cost_L=self._unit * start_cost_L,
+            finished=finished,
+        )
+
+    def touched(self, slots_LP: Slots, *, move: float, seed: Sequence[int], effort: float = 1.0, stop_s: float = math.inf) -> tuple[Slots, bool]:
+        """Slots no worse than these at this price of a move, by one cool annealing of `effort` times the usual length; and whether time
+        allowed it."""
+        moves = int(self._most_moves * effort) // TOUCH
+
+        def one(layer: int) -> _Best:
+            given = self._layers[layer]._replace(move=move / self._unit)
+            return _anneal(given, slots_LP[layer], moves, COOL, (*seed, layer), stop_s)
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            found = list(pool.map(one, range(len(slots_LP))))
+        return np.array([each.slots_P for each in found]), all(each.finished for each in found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Best:
+    """What annealing left of one layer; `finished`: not cut by the clock."""
+
+    slots_P: Slots
+    cost: float
+    finished: bool
+
+
+def _anneal(given: Layer, start_P: Slots, moves: int, heat: tuple[float, float], seed: Sequence[int], stop_s: float) -> _Best:
+    """Best of so many moves of annealing from these slots, ended by a descent."""
+    draw = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+    hot, cold = heat
+    state = _state(given, start_P, draw)
+    best_P, best_1 = start_P.copy(), np.array([cost(given, state)])
+    if time.monotonic() > stop_s:
+        return _Best(slots_P=best_P, cost=float(best_1[0]), finished=False)
+    step = typical_step(given, state, 200)
+    state = _state(given, start_P, draw)
+    done = 0
+    while step > 0 and done < moves and time.monotonic() < stop_s:
+        until = min(done + CHUNK, moves)
+        anneal(given, state, best_P, best_1, done, until, moves, hot * step, cold * step)
+        done = until
+    state = _state(given, best_P, draw)
+    fresh_G = np.ones(len(given.node_G), np.bool_)
+    while time.monotonic() < stop_s:
+        whole = bool(fresh_G.all())
+        if descend(given, state, fresh_G):
+            continue
+        if whole:
+            break
+        fresh_G[:] = True  # the end is an optimum only when a whole pass says so
+    state = _state(given, state.slots_P, draw)
+    return _Best(slots_P=state.slots_P, cost=float(cost(given, state)), finished=done == moves or step == 0)
 
 
 @cache
