@@ -6,8 +6,8 @@
 85899345920.0
 >>> parse(5e-6, "s")
 5e-06
->>> human(0.0000423, "s"), human(3.35e12, "B/s")
-('42.3 us', '3.35 TB/s')
+>>> human(0.0000423, "s"), human(3.35e12, "B/s"), human(5400, "s")
+('42.3 us', '3.35 TB/s', '90 min')
 """
 
 from __future__ import annotations
@@ -61,10 +61,13 @@ def parse(value: float | int | str, unit: str) -> float:
 
 
 def human(value: float, unit: str = "", digits: int = 3) -> str:
-    """Text with an SI prefix and `digits` significant figures."""
+    """Text with an SI prefix and `digits` significant figures; seconds from two minutes on in minutes, from two hours on in hours."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g} {unit}".rstrip()
     size = abs(value)
+    if unit == "s" and size >= 120:
+        name, seconds = ("h", 3600.0) if size >= 7200 else ("min", 60.0)
+        return f"{value / seconds:,.0f} {name}" if size >= 1000 * seconds else f"{value / seconds:.{digits}g} {name}"
     step, prefix = next(((step, prefix) for step, prefix in _STEPS if size >= step * (1 - 0.5 * 10**-digits)), _STEPS[-1])
     scaled = value / step
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(scaled)) + 1e-12))

@@ -89,6 +89,7 @@ def test_a_large_log_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 HEAD = "arrival_s,input_toks,output_toks\n"
+LINE = '{"timestamp": %s, "input_length": %s, "output_length": %s}\n'
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,12 @@ HEAD = "arrival_s,input_toks,output_toks\n"
         (HEAD + "1,2,3\n-1,2,3\n", "line 3: arrival_s is '-1'; expected a time >= 0"),
         (HEAD + "nan,2,3\n", "line 2: arrival_s is 'nan'"),
         (HEAD + "inf,2,3\n", "line 2: arrival_s"),
+        (HEAD + "1e999,2,3\n", "line 2: arrival_s is '1e999'"),
+        (HEAD + "1,1e999,3\n", "line 2: input_toks is '1e999'"),
+        (HEAD + "1,2,NaN\n", "line 2: output_toks is 'NaN'"),
+        ("\ufeff", "it is empty"),
+        ("\ufeff" + HEAD, "holds no requests"),
+        ((HEAD + "1,2,3\n").encode("utf-16"), "cannot be read"),
         (HEAD + "0,2,3\n1e30,2,3\n", "request 1 arrives at 1e\\+30 s"),
         (HEAD + "1,2\n", "line 2 has 2 cells, the header names 3"),
         (HEAD + "1,,3\n", "line 2: input_toks is ''"),
@@ -110,6 +117,18 @@ HEAD = "arrival_s,input_toks,output_toks\n"
         (HEAD + "1,2,3,4,5,6,7\n1,2,3\n", "line 2 has 7 cells"),
         ("a,b,c\n1,2,3\n", "columns a, b, c are not those of a request log"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", "line 2: TIMESTAMP is 'yesterday'"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-01-01,1,1\n1500-01-01,1,2\n", "line 3: TIMESTAMP is '1500-01-01'"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n9999-01-01 00:00:00,1,2\n", "line 2: TIMESTAMP is '9999-01-01"),
+        (LINE % ("1e999", "1", "2"), "line 1: timestamp is 'inf'"),
+        (LINE % ("Infinity", "1", "2"), "line 1: timestamp is 'inf'"),
+        (LINE % ("NaN", "1", "2"), "line 1: timestamp is 'nan'"),
+        (LINE % ("-5", "1", "2"), "line 1: timestamp is '-5'"),
+        (LINE % ("0", "Infinity", "2"), "line 1: input_length is 'inf'"),
+        (LINE % ("0", "1", "1e999"), "line 1: output_length is 'inf'"),
+        (LINE % ("1" + "0" * 5000, "1", "2"), "line 1 is not JSON"),
+        (LINE % ("true", "1", "2"), "line 1: timestamp is 'True'"),
+        ('{"timestamp": 0, "input_length": 1, "output_length": 2, "hash_ids": [1e999]}\n', "line 1: hash_ids"),
+        ('{"timestamp": 0, "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 1 is not JSON"),
         ('{"timestamp": 0, "input_length": 1, "output_length": 2}\n{"timestamp": 5, "input_length": 1}\n', "line 2: output_length"),
         ('{"timestamp": 0, "input_length": 1, "output_length": 2}\n[1]\n', "line 2 holds list"),
         ('{"timestamp": 0,\n', "line 1 is not JSON"),

@@ -55,12 +55,12 @@ def test_a_plan_follows_the_traffic_and_keeps_the_objectives(moesim: Run, reques
     assert bills["optimal"] < bills["static-minimum"]
     assert data["plan"]["solution"]["bill"]["total"] == bills["optimal"]
     cases = [each["case"] for each in data["outlooks"]]
-    assert cases == ["the plan", "traffic doubles, same plan", "traffic doubles, planned for", "device 1 dies after 80 s"]
+    assert cases == ["the plan", "traffic doubles, same plan", "traffic doubles, planned for", "device 1 dies after 80.0 s"]
     assert data["outlooks"][3]["failures"][0]["experts_lost"] > 0
     assert all(each["served"]["attainment"] <= data["outlooks"][0]["served"]["attainment"] + 1e-9 for each in data["outlooks"][1:2])
     assert [row["devices"] for row in data["timeline"]] == devices
-    assert any("device 1 dies after 10 s, and nobody notices" in note for note in data["notes"])
-    assert any("device 0 dies after 10 s, and nothing serves" in note for note in data["notes"])
+    assert any("device 1 dies after 10.0 s, and nobody notices" in note for note in data["notes"])
+    assert any("device 0 dies after 10.0 s, and nothing serves" in note for note in data["notes"])
     event = data["event"]  # the growth, closely: requests pile up before it and are gone after it
     assert (event["before"], event["after"]) == (1, 2) and event["start_s"] < event["at_s"] < event["start_s"] + 120 * event["bin_s"]
     assert max(event["running"]) >= 2 and min(event["waiting"]) >= 0 and len(event["slowest_first_s"]) == 120

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moesim.cli.serve import show
+from moesim.errors import InputError
 from moesim.hardware import load_cluster
 from moesim.serving import Arrivals, Deployment, first_devices, serve
 from moesim.serving.measured import compare_measured, load_measured
@@ -66,6 +67,30 @@ def test_prompts_may_be_computed_elsewhere_under_a_plan(moesim: Run, trace: Trac
 def test_mistakes_are_exit_code_2(moesim: Run, arguments: tuple[str, ...], message: str) -> None:
     code, _, remarks = moesim("serve", *arguments)
     assert code == 2 and message in remarks
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a,b\n1,2\n",
+        "arrival_s,input_toks,output_toks\n-1,2,3\n",
+        "arrival_s,input_toks,output_toks\n1e999,2,3\n",
+        '{"timestamp": NaN, "input_length": 1, "output_length": 2}\n',
+    ],
+)
+@pytest.mark.parametrize("verb", ["serve", "scale"])
+def test_broken_logs_are_exit_code_2_and_nothing_is_written(moesim: Run, tmp_path: Path, verb: str, text: str) -> None:
+    (tmp_path / "log").write_text(text)
+    code, _, remarks = moesim(verb, tmp_path / "log", "--model", "olmoe-1b-7b", "--slo", "ttft=1s", "-o", tmp_path / "out.json")
+    assert code == 2 and str(tmp_path / "log") in remarks and not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("cell", ["-1", "inf", "1e999"])
+def test_measured_times_that_cannot_be_are_named(tmp_path: Path, cell: str) -> None:
+    (tmp_path / "measured.csv").write_text(f"arrival_s,ttft_ms,tpot_ms,latency_ms\n0,1,,3\n1,{cell},2,3\n")
+    with pytest.raises(InputError, match="row 2: ttft_ms"):
+        load_measured(tmp_path / "measured.csv")
 
 
 def test_a_measured_run_is_compared_request_by_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,7 @@ def runs(draw: st.DrawFn) -> tuple[Arrivals, Deployment, list[Change]]:
             slow_s=draw(st.sampled_from([0.0, 0.2])),
             lost=draw(st.sampled_from([(), (0,)])),
             keep_cache=draw(st.booleans()),
+            restart=not separate and draw(st.booleans()),
         )
         for at in sorted(draw(st.lists(st.floats(0, 3), max_size=3)))
     ]
@@ -90,7 +91,8 @@ def test_requests_tokens_and_time_are_conserved(run: tuple[Arrivals, Deployment,
     assert ((found.first_s_R == found.end_s_R) == (found.output_R == 1)).all()
     series, bin_s = found.series, found.series.bin_s
     assert (series.waiting_N + series.running_N).sum() * bin_s == pytest.approx(found.latency_s_R.sum(), rel=1e-9)  # Little's law
-    assert series.output_tokens_per_s_N.sum() * bin_s == pytest.approx(found.output_R.sum(), rel=1e-9)
+    assert series.output_tokens_per_s_N.sum() * bin_s == pytest.approx(found.output_R.sum() + found.lost_output_tokens, rel=1e-9)
+    assert not found.lost_output_tokens or any(change.restart for change in changes)
     assert series.prompt_tokens_per_s_N.sum() * bin_s == pytest.approx(found.computed_prompt_tokens, rel=1e-9)
     assert found.computed_prompt_tokens >= found.prompt_R.sum()
     if not found.again_R.any():
@@ -190,6 +192,24 @@ def test_scheduled_ahead_a_request_waits_one_step_more() -> None:
     assert now.first_s_R[0] == ahead.first_s_R[0]  # an idle engine begins at once
 
 
+def test_scheduled_ahead_the_longer_of_host_and_devices_counts() -> None:
+    """Of 10 steps the first finds an idle engine; the host's part is 1/64 s, the devices' of a token so many of them."""
+    for devices in (0.25, 3.0):
+        law = StepLaw.plain(step_s=STEP, token_s=devices * STEP, tokens=8192)
+        now, ahead = (serve(arrivals((0, 1, 10)), plain(law=law, ahead=flag)) for flag in (False, True))
+        assert steps(now.end_s) == pytest.approx(10 * (1 + devices)) and steps(ahead.end_s) == pytest.approx(1 + devices + 9 * max(1, devices))
+        assert ahead.step_parts_s["host"] == pytest.approx((1 + 9 * max(0, 1 - devices)) * STEP)
+
+
+def test_cached_tokens_may_cost_more_in_steps_with_prompts() -> None:
+    """One request decodes with 100, 101, … cached tokens; in the step that takes the other's prompt each costs as much more as the law says."""
+    rows, at = arrivals((0, 100, 40), (10 * STEP, 50, 1)), 12
+    law = replace(StepLaw.plain(step_s=STEP, tokens=8192), context_s=0.0, mixed_s=STEP / 128)
+    found, alone = (serve(each, plain(law=law)) for each in (rows, rows.first(1)))
+    assert steps(alone.end_s) == pytest.approx(40)
+    assert steps(found.end_s_R[0]) == pytest.approx(40 + (100 + at - 2) / 128, abs=1 / 100)
+
+
 def test_scheduled_ahead_a_free_place_is_known_one_step_later() -> None:
     rows = arrivals((0, 1, 3), (0, 1, 3), (0, 1, 1))
     assert steps(serve(rows, plain(max_seqs=2)).first_s_R[2]) == 4
@@ -276,6 +296,32 @@ def test_shrinking_hands_requests_on_with_or_without_their_cache() -> None:
     kept, lost = (served([Change(at_s=10 * STEP, to=smaller, keep_cache=keep)]) for keep in (True, False))
     assert kept.again_R.sum() == 0 and lost.again_R.sum() == 20
     assert steps(kept.end_s_R).max() <= 65 and kept.computed_prompt_tokens == 40 and lost.computed_prompt_tokens == 60
+
+
+def test_a_restart_begins_again_what_was_under_way() -> None:
+    """Ten steps are done and a half, then five pass without any: every request takes its 64 steps from there, as if it had just come."""
+    rows = arrivals((0, 1, 64), (0, 1, 64), (0, 1, 64))
+    found = served([Change(at_s=10.5 * STEP, down_s=5 * STEP, restart=True)], rows, max_seqs=2)
+    assert found.lost_output_tokens == 3 * 10 and found.again_R.tolist() == [1, 1, 1]
+    assert steps(found.end_s_R) == pytest.approx([15.5 + 64] * 3) and steps(found.first_s_R) == pytest.approx([16.5] * 3)
+    assert steps(found.start_s_R).tolist() == [0, 0, 0] and any("restarts lost 30 output tokens" in note for note in found.notes)
+    kept = served([Change(at_s=10.5 * STEP, down_s=5 * STEP)], rows, max_seqs=2)
+    assert not kept.lost_output_tokens and (kept.end_s_R < found.end_s_R).all()
+
+
+def test_a_restart_is_the_same_run_once_more_whoever_was_waiting() -> None:
+    """The younger of two was sent back for lack of cache before the restart: what it had made is lost all the same."""
+    rows, small = arrivals((0, 16, 40), (0, 16, 40)), plain(max_seqs=2, block_tokens=4, cache_tokens=64)
+    once = serve(rows, small)
+    assert once.again_R.tolist() == [0, 1]
+    again = serve(rows, small, changes=[Change(at_s=30.5 * STEP, restart=True)])
+    assert np.array_equal(again.end_s_R, once.end_s_R + 30.5 * STEP) and np.array_equal(again.first_s_R, once.first_s_R + 30.5 * STEP)
+    assert 30 < again.lost_output_tokens < 2 * 30
+
+
+def test_a_restart_of_separate_instances_is_refused() -> None:
+    with pytest.raises(InputError, match="restart of instances with separate prefill"):
+        serve(many(), plain(prefill=plain()), changes=[Change(at_s=1, restart=True)])
 
 
 def test_a_lost_rank_computes_again_what_it_held() -> None:

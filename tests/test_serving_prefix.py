@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
-from moesim.serving import Arrivals, Prefixes, load_arrivals, serve
+from moesim.serving import Arrivals, Prefixes, Slo, StepLaw, load_arrivals, serve
+from moesim.serving.capacity import capacity
 from tests.test_serving import plain, runs
 
 UNIT = 16
@@ -94,6 +96,34 @@ def test_what_requests_share_takes_room_once() -> None:
     assert not found.again_R.any() and len(set(found.start_s_R[1:].tolist())) == 1
     alone = serve(rows, plain(block_tokens=UNIT, cache_tokens=(9 + 8 * 2) * UNIT, max_batch_tokens=8192))
     assert alone.again_R.any() or len(set(alone.start_s_R[1:].tolist())) > 1
+
+
+@given(seed=st.integers(0, 2**32 - 1), copies=st.integers(1, 4))
+def test_copies_share_among_themselves_what_the_requests_do_and_nothing_else(seed: int, copies: int) -> None:
+    rng = np.random.default_rng(seed)
+    once = alike(chains(rng, 12, 2))
+    times = rng.uniform(0, 100, 12 * copies - 3)  # the last copy is cut short
+    many = once.copied(times, "many")
+    assert many.prefixes is not None and once.prefixes is not None and (np.diff(many.arrival_s_R) >= 0).all()
+    order = np.argsort(times, kind="stable")
+    assert np.array_equal(many.prompt_R, once.prompt_R[order % 12])
+    for a, b in itertools.combinations(range(len(many)), 2):
+        same = shared(many.prefixes, a, b)
+        assert same == (shared(once.prefixes, order[a] % 12, order[b] % 12) if order[a] // 12 == order[b] // 12 else 0)
+
+
+def shared(prefixes: Prefixes, a: int, b: int) -> int:
+    """Units that two prompts begin with alike."""
+    one, other = (prefixes.ids_A[prefixes.starts_R[r] : prefixes.starts_R[r + 1]].tolist() for r in (a, b))
+    return sum(1 for x, y in zip(one, other, strict=False) if x == y)
+
+
+def test_capacity_grows_with_what_prompts_share() -> None:
+    """Prompts of 40 units, 36 of them alike: with a cache they cost a tenth, and many more a second keep the limit."""
+    rows = alike([[*range(36), *range(100 + 4 * i, 104 + 4 * i)] for i in range(50)], gap_s=1.0)
+    law = StepLaw.plain(token_s=1e-4, tokens=8192)
+    without, cached = (capacity(rows, plain(law=law, block_tokens=UNIT, prefix_cache=on), Slo(ttft_s=0.3)) for on in (False, True))
+    assert cached.requests_per_s > 4 * without.requests_per_s > 0
 
 
 def test_reused_tokens_take_no_time() -> None:

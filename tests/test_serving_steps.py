@@ -149,6 +149,18 @@ def test_tensor_parallelism_divides_dense_work_and_adds_sums() -> None:
     assert four.grid_B[-1] < one.grid_B[-1]  # one rank instead of four
 
 
+def test_decode_tokens_fill_tiles_beside_prompts_where_the_attention_kernel_does_not_pack_them() -> None:
+    """FlashAttention 2: 64 queries for each of 32 heads of 128 + 128, in 2 layers, at 60 % of the peak; elsewhere memory binds always."""
+    model = thin("qwen3-30b-a3b")
+    laws = {name: StepLaw.of(Deployment(model=model, cluster=load_cluster(name), max_batch_tokens=64)) for name in ("rtx-pro-6000x2", "h100x8")}
+    tiled, packed = laws.values()
+    assert tiled.mixed_s == pytest.approx(2 * 64 * 32 * 256 * 2 / (0.6 * 467.8e12)) and tiled.mixed_s > 2 * tiled.context_s
+    assert packed.mixed_s == packed.context_s
+    assert any("as FlashAttention 2 on rtx-pro-6000" in note for note in tiled.notes) and not any("FlashAttention" in note for note in packed.notes)
+    latent = StepLaw.of(Deployment(model=thin("deepseek-v2-lite"), cluster=load_cluster("rtx-pro-6000x2"), max_batch_tokens=64))
+    assert latent.mixed_s == latent.context_s
+
+
 def test_experts_cut_over_all_devices_are_even_and_read_every_slice(skewed: Trace) -> None:
     """Cut experts load all devices alike; whole ones make the busiest device late, but read fewer bytes each when few tokens come."""
     base = Deployment(model=skewed.model, cluster=FOUR, max_batch_tokens=2048)

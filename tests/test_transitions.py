@@ -18,11 +18,9 @@ from moesim.hardware import load_cluster
 from moesim.model import load_model
 from moesim.plan import Placement, Resizing
 from moesim.plan.resize import even_slots, on_devices, replicas, resized
-from moesim.serving import Arrivals, Deployment, StepLaw, even_placement, first_devices, generate, serve
-from moesim.serving.capacity import capacity, steady
+from moesim.serving import Deployment, StepLaw, even_placement, generate, serve
 from moesim.serving.failures import damage, recovery
 from moesim.serving.sizes import Sizes, change_of, packed
-from moesim.serving.slo import Slo
 from moesim.serving.transitions import (
     ASCEND,
     COLD_RESTART,
@@ -219,7 +217,7 @@ def test_what_users_feel(name: str) -> None:
         assert (change.pause_s, change.down_s, change.keeps_cache) == (0.0, change.seconds, False)
         assert change.moved_B == 0
     else:
-        assert change.down_s == change.seconds  # on the same devices the old instance stands still
+        assert change.down_s == change.seconds and not change.keeps_cache  # on the same devices the old instance stands still, then ends
         assert change.peak_B_G.sum() > grown(method=COLD_RESTART).peak_B_G.sum() + grown().peak_B_G.sum() / 3
     assert sum(step["seconds"] > 0 for step in change.to_dict()["steps"]) >= 2
 
@@ -228,7 +226,7 @@ def test_a_second_instance_on_its_own_devices_stops_nobody() -> None:
     few = even_placement(MODEL, 4)
     old, new = on_devices(few, range(4), 8), on_devices(few, range(4, 8), 8)
     change = transition(MODEL, old, new, H100, method=CONCURRENT)
-    assert (change.pause_s, change.down_s) == (0.0, 0.0)
+    assert (change.pause_s, change.down_s, change.keeps_cache) == (0.0, 0.0, True)
     assert served_s(change, residence_s=10.0, until_s=change.seconds + 5) == (change.seconds, 5.0)
 
 
@@ -360,44 +358,12 @@ def test_a_change_is_served_as_it_is_described(method: str) -> None:
     blocked = resizing.pause_s or resizing.down_s
     gap = np.diff(starts[(starts > 15) & (starts < 20 + blocked + 5)]).max()
     assert gap == pytest.approx(blocked, abs=0.6)
-    assert (found.ttft_s_R[requests.arrival_s_R < 19] < 1).all()
+    assert (found.ttft_s_R[found.end_s_R < 20] < 1).all()
+    under_way = (found.arrival_s_R < 19.5) & (found.end_s_R > 20)
+    assert (found.again_R[under_way] == (0 if sizes.transitions[4, 8].keeps_cache else 1)).all()
 
 
 def test_changes_follow_the_plan() -> None:
     resizing = Resizing(at_s=60.0, before=8, after=4, method="elastic", seconds=2.0, pause_s=2.0)
     ordered, over = change_of(resizing, server())
     assert (ordered.at_s, ordered.pause_s, ordered.to, over.at_s, over.kind) == (60.0, 2.0, None, 62.0, "scale-down")
-
-
-def test_capacity_is_that_of_the_queue() -> None:
-    """One place, one step of 10 ms a request: M/D/1. The share of waits below w at rate r is exact (Crommelin 1932)."""
-    one = Deployment(model=MODEL, cluster=first_devices(H100, 1), cache_tokens=100_000, max_seqs=1, law=StepLaw.plain(step_s=0.01, tokens=8192))
-    requests = generate("poisson", requests_per_s=5.0, span_s=4000.0, prompt=8, output=1, seed=0)
-    slo = Slo(ttft_s=0.05, share=0.95)
-    found = capacity(requests, one, slo)
-
-    def within(rate: float, wait_s: float) -> float:
-        import math
-
-        load, whole = rate * 0.01, int(wait_s / 0.01)
-        terms = (math.exp(load * (wait_s / 0.01 - k)) * (-load * (wait_s / 0.01 - k)) ** k / math.factorial(k) for k in range(whole + 1))
-        return (1 - load) * sum(terms)
-
-    exact = max(rate for rate in np.linspace(1, 99, 981) if within(rate, 0.04) >= 0.95)
-    assert found.requests_per_s == pytest.approx(exact, rel=0.08)
-    assert found.requests_per_s < found.too_many_per_s <= found.requests_per_s * 1.051
-    assert capacity(requests, one, Slo(ttft_s=1e-3)).requests_per_s == 0
-    with pytest.raises(InputError, match="needs an SLO"):
-        capacity(requests, one, Slo())
-
-
-def test_steady_traffic_keeps_bursts_and_loses_the_tide() -> None:
-    tide = generate("diurnal", requests_per_s=4.0, span_s=2000.0, prompt=8, output=1, swing=0.9, period_s=2000.0, seed=0)
-    flat = steady(tide, 100.0, most=10_000)
-    np.testing.assert_array_equal(flat.prompt_R, tide.prompt_R)
-    assert flat.span_s == pytest.approx(len(tide), abs=2)
-    by_hundred = flat.per_second(100.0)
-    assert by_hundred[:-1].std() < 0.15 < tide.per_second(100.0).std() / 4
-    burst = Arrivals(arrival_s_R=np.repeat(np.arange(0.0, 1000.0, 10.0), 20), prompt_R=np.ones(2000), output_R=np.ones(2000))
-    np.testing.assert_allclose(np.diff(np.unique(steady(burst, 100.0).arrival_s_R)), 20.0)
-    assert len(steady(tide, 100.0, most=1000)) < len(tide) / 3

@@ -20,6 +20,9 @@ Phase = Annotated[str | None, typer.Option("--phase", help="Only tokens of this 
 TokensPerDevice = Annotated[
     int, typer.Option("--tokens-per-device", min=1, help="Tokens each device holds in one step: thousands for prefill, tens for decode.")
 ]
+PrefixCache = Annotated[
+    bool, typer.Option("--prefix-cache", help="Prompts find what earlier ones of their rank began with alike (needs Mooncake's hash_ids).")
+]
 TransportName = Annotated[
     str | None,
     typer.Option(

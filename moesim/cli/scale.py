@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moesim.cli.options import AsJson, ClusterName, Domain, Force, Phase, Seed, Tokens, TransportName
+from moesim.cli.options import AsJson, ClusterName, Domain, Force, Phase, PrefixCache, Seed, Tokens, TransportName
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def run(
     layout: Annotated[str | None, typer.Option("--layout", help="Attention on the whole cluster: dp8, tp8 or dp4tp2; sizes keep tp.")] = None,
     max_seqs: Annotated[int, typer.Option("--max-seqs", min=1, help="Requests a data-parallel rank runs at a time.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option("--max-batch-tokens", min=1, help="Tokens in a step of a rank; longer prompts are cut.")] = 8192,
+    prefix_cache: PrefixCache = False,
     transport: TransportName = None,
     price: Annotated[
         float | None, typer.Option("--price", min=0, help="Price of one device for an hour; default: the profile's rent, else device-hours.")
@@ -87,8 +88,6 @@ def run(
     from moesim.serving.transitions import METHODS
     from moesim.trace import TraceStats
 
-    if output and output == result:
-        raise InputError(f"--output and --result are both {output}; give each a file of its own")
     for path in (output, result):
         if path:
             check_output(path, force=force)
@@ -119,6 +118,7 @@ def run(
         cost=CostModel.of(where, spec, transport=transport) if transport else None,
         max_seqs=max_seqs,
         max_batch_tokens=max_batch_tokens,
+        prefix_cache=prefix_cache,
         price_per_hour=price,
     )
     load_LE = TraceStats.of(source).load_LE if source else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moesim.cli.options import AsJson, ClusterName, Domain, Force, Phase, Seed, Tokens, TransportName
+from moesim.cli.options import AsJson, ClusterName, Domain, Force, Phase, PrefixCache, Seed, Tokens, TransportName
 from moesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ def run(
         int | None,
         typer.Option("--cache-tokens", min=1, help="Tokens a rank's key-value cache holds, as engines print it; default: from memory."),
     ] = None,
-    prefix_cache: Annotated[
-        bool, typer.Option("--prefix-cache", help="Prompts find what earlier ones of their rank began with alike (needs Mooncake's hash_ids).")
-    ] = False,
+    prefix_cache: PrefixCache = False,
     exchange: Annotated[
         Literal["all-to-all", "all-gather"],
         typer.Option("--exchange", help="How tokens reach experts: all-to-all, or all-gather and reduce-scatter (vLLM's default)."),
@@ -71,7 +69,9 @@ def run(
     ] = False,
     transport: TransportName = None,
     ahead: Annotated[bool, typer.Option("--ahead", help="A step is scheduled while the one before it runs (vLLM's async scheduling).")] = False,
-    host: Annotated[str | None, typer.Option("--host", help="Time of a step on the host that nothing hides, such as 3ms.")] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Time of a step on the host, such as 3ms; with --ahead it hides behind the devices'.")
+    ] = None,
     moe_profile: Annotated[
         Path | None, typer.Option("--moe-profile", help="Measured times of one MoE layer: CSV of tokens, activated_experts, time_us.")
     ] = None,

@@ -24,6 +24,7 @@ from moesim.serving.routing import Routing
 from moesim.serving.serve import serve
 from moesim.serving.sizes import Sizes
 from moesim.serving.slo import Slo
+from moesim.units import human
 
 SCHEMA_VERSION = 1
 HEADROOM = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9)  # shares of capacity left free, tried in turn until the plan, served, keeps the objectives
@@ -172,7 +173,7 @@ def scale(
     for at_s, device in failures:
         if not (0 <= at_s < len(demand_N) * interval_s and 0 <= device < sizes.devices[-1]):
             there = f"there are {sizes.devices[-1]} devices, planned for {len(demand_N) * interval_s:g} s"
-            raise InputError(f"device {device} dies after {at_s:g} s: {there}; name one of them then")
+            raise InputError(f"device {device} dies after {human(at_s, 's')}: {there}; name one of them then")
     progress(0.0, "step times")
     ready = sizes.prepared(routing, seed=seed)
     found, alike = [], steady(arrivals, interval_s)
@@ -249,12 +250,12 @@ def scale(
         if device >= serving or serving <= largest.tp:
             unused = f"nobody notices: the first {serving} devices serve then"
             what = unused if device >= serving else "nothing serves from then on: no rank is left"
-            notes.insert(0, f"device {device} dies after {at_s:g} s, and {what}")
+            notes.insert(0, f"device {device} dies after {human(at_s, 's')}, and {what}")
             continue
         progress(0.9, f"what if device {device} dies")
         changes, recovered = with_failure(plan, ready, at_s, device, routing=routing, load_LE=load_LE, seed=seed)
         served = serve(arrivals, ready.deployment(int(plan.devices_N[0])), slo=slo, seed=seed, changes=changes)
-        case = f"device {device} dies after {at_s:g} s"
+        case = f"device {device} dies after {human(at_s, 's')}"
         outlooks.append(Outlook(case=case, cost=first.cost, served=served, plan=plan, recoveries=(recovered,)))
     if headroom:
         notes.insert(0, f"planned with {headroom:.0%} of every size's capacity left free: with less the plan, served, kept the objectives less often")
@@ -287,10 +288,7 @@ def doubled(arrivals: Arrivals, *, seed: int = 0) -> Arrivals:
     """Every request twice at about its time: the second one comes later by a random gap of the mean length."""
     gap_s = arrivals.span_s / max(len(arrivals) - 1, 1)
     late_R = arrivals.arrival_s_R + np.random.default_rng(seed).exponential(gap_s, len(arrivals))
-    times = np.concatenate([arrivals.arrival_s_R, np.minimum(late_R, arrivals.span_s)])
-    order = np.argsort(times, kind="stable")
-    prompts, outputs = (np.tile(each, 2)[order] for each in (arrivals.prompt_R, arrivals.output_R))
-    return Arrivals(arrival_s_R=times[order], prompt_R=prompts, output_R=outputs, name=f"{arrivals.name}, doubled", made_from=arrivals.made_from)
+    return arrivals.copied(np.concatenate([arrivals.arrival_s_R, np.minimum(late_R, arrivals.span_s)]), f"{arrivals.name}, doubled")
 
 
 def in_use(plan: ScalingPlan, at_s: float) -> int:

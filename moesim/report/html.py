@@ -74,7 +74,7 @@ def heading(document: Document) -> str:
     if document.title:
         return document.title
     if document.scaling:
-        return f"Scaling of {document.scaling.plan.name}"
+        return f"Scaling plan: {document.scaling.plan.name}"
     if document.serving and not document.sweep:
         return f"Serving: {document.serving[0].summary.name}"
     if document.sweep:

@@ -26,6 +26,7 @@ COLOURS = {INK: "muted", FAINT: "faint", LINE: "line", BLUE: "blue", VERMILLION:
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 LIMITS = (1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+ROUND_S = (60, 120, 300, 600, 1200, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 604800, 2592000)  # between ticks of long times
 MANY_MARKS = 3000  # beyond, marks are drawn as one picture
 
 
@@ -250,14 +251,17 @@ def _row_ticks(ax: Axes, rows: Sequence[int]) -> None:
 
 
 def human_axis(axis: Any, unit: str) -> None:
-    """Few ticks, written with SI prefixes; unit "%" is a share."""
+    """Few ticks, written with SI prefixes; unit "%" is a share, long times are ticked at round minutes or hours."""
 
     def text(value: float, _: object) -> str:
         if unit == "%":
             return f"{100 * value:.3g}%"
         return human(value, unit) if unit or abs(value) >= 1e4 else f"{value:.4g}"
 
-    axis.set_major_locator(_ticker().MaxNLocator(4))
+    low, high = axis.get_view_interval()
+    long = unit == "s" and high >= 120
+    step = next((step for step in ROUND_S if step * 5 >= high - low), ROUND_S[-1])
+    axis.set_major_locator(_ticker().MultipleLocator(step) if long else _ticker().MaxNLocator(4))
     axis.set_major_formatter(_ticker().FuncFormatter(text))
 
 

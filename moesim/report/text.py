@@ -16,14 +16,6 @@ def quantity(value: float, unit: str = "") -> str:
     return human(value, unit).replace(" ", SPACE)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 45.0 s, 20 min, 6 h."""
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g}{SPACE}{unit}"
-    return quantity(seconds, "s")
-
-
 def percent(share: float, *, signed: bool = False) -> str:
     """A share as percent with one decimal, none from 100 % on, and a real minus sign."""
     if not math.isfinite(share):

@@ -38,6 +38,14 @@ class Prefixes:
         place_A = np.repeat(self.starts_R[rows] - starts[:-1], count_R) + np.arange(starts[-1])
         return Prefixes(ids_A=self.ids_A[place_A], starts_R=starts, tokens=self.tokens)
 
+    def copied(self, requests: int) -> Prefixes:
+        """Those of the requests over and over, `requests` in all; a copy's prompts begin like others of it, not like those of other copies."""
+        once = len(self.starts_R) - 1
+        whole = self.take(np.arange(requests) % once)
+        copy_A = np.repeat(np.arange(requests) // once, np.diff(whole.starts_R))
+        names, number_A = np.unique(whole.ids_A, return_inverse=True)
+        return replace(whole, ids_A=number_A + copy_A * len(names))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Arrivals:
@@ -140,6 +148,19 @@ class Arrivals:
             output_R=self.output_R[rows],
             prefixes=self.prefixes.take(rows) if self.prefixes else None,
             notes=(*self.notes, note),
+        )
+
+    def copied(self, times_s: ArrayLike, name: str) -> Arrivals:
+        """The requests over and over, one for each of these times, which need not rise; copies share nothing of their prompts."""
+        times = np.asarray(times_s, np.float64)
+        index, order = np.arange(len(times)) % len(self), np.argsort(times, kind="stable")
+        return replace(
+            self,
+            arrival_s_R=times[order],
+            prompt_R=self.prompt_R[index][order],
+            output_R=self.output_R[index][order],
+            prefixes=self.prefixes.copied(len(times)).take(order) if self.prefixes else None,
+            name=name,
         )
 
     def times(self, factor: float) -> Arrivals:

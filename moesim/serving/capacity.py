@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,16 +49,15 @@ def steady(arrivals: Arrivals, interval_s: float, *, most: int = ENOUGH) -> Arri
     start = np.concatenate([[0], np.cumsum(count[keep])])
     index_R = np.searchsorted(known[keep], place_R[rows])
     times = start[index_R] + (arrivals.arrival_s_R[rows] / interval_s - place_R[rows]) * count[keep][index_R]
-    return Arrivals(
-        arrival_s_R=times, prompt_R=arrivals.prompt_R[rows], output_R=arrivals.output_R[rows], name=f"{arrivals.name}, steady", notes=arrivals.notes
-    )
+    return replace(arrivals.take(rows, f"{len(rows)} requests, slow changes of traffic removed"), arrival_s_R=times, name=f"{arrivals.name}, steady")
 
 
 def capacity(arrivals: Arrivals, deployment: Deployment, slo: Slo, *, seed: int = 0, within: float = 0.05) -> Capacity:
     """Capacity for traffic that comes as these requests do, faster or slower, by bisection to a share `within`.
 
     A rate is kept when the SLO's share of all requests keeps every limit. Runs last a minute, or twenty times the longest limit,
-    repeating the requests where they are too few, up to 50,000. Where requests miss even when served one by one, it is 0.
+    repeating the requests where they are too few, up to 50,000; copies share nothing in a prefix cache. Where requests miss even
+    when served one by one, it is 0.
     The deployment must be prepared (or have a plain law). Raises InputError for an SLO without limits.
     """
     limits = [limit for limit in (slo.ttft_s, slo.tpot_s, slo.latency_s) if limit is not None]
@@ -70,8 +69,7 @@ def capacity(arrivals: Arrivals, deployment: Deployment, slo: Slo, *, seed: int 
     def kept(rate: float) -> bool:
         copies = max(1, math.ceil(span_s * rate / count))
         times = (arrivals.arrival_s_R[None] + period_s * np.arange(copies)[:, None]).ravel()[: max(MOST, count)] * (count / period_s / rate)
-        prompt_R, output_R = (np.tile(each, copies)[: len(times)] for each in (arrivals.prompt_R, arrivals.output_R))
-        return served(Arrivals(arrival_s_R=times, prompt_R=prompt_R, output_R=output_R))
+        return served(arrivals.copied(times, arrivals.name))
 
     def served(requests: Arrivals) -> bool:
         nonlocal runs
@@ -79,8 +77,7 @@ def capacity(arrivals: Arrivals, deployment: Deployment, slo: Slo, *, seed: int 
         return serve(requests, deployment, slo=slo, seed=seed).meets_slo
 
     some = np.unique(np.linspace(0, count - 1, min(count, ALONE)).astype(np.int64))
-    alone = Arrivals(arrival_s_R=np.arange(0.0, len(some)) * ALONE_S, prompt_R=arrivals.prompt_R[some], output_R=arrivals.output_R[some])
-    if not served(alone):
+    if not served(replace(arrivals.take(some, "one by one"), arrival_s_R=np.arange(0.0, len(some)) * ALONE_S)):
         return Capacity(requests_per_s=0.0, too_many_per_s=1 / ALONE_S, runs=runs)
     rate = 1.0
     if kept(rate):

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One change at `at_s` seconds of the run. Steps under way are finished first; waiting requests are dealt out anew.
+    """One change at `at_s` seconds of the run. Steps under way are finished first (a restart's are lost); waiting requests are dealt
+    out anew.
 
     to          the deployment from now on (None: the same). Ranks are counted from 0; those beyond the new count stop and
                 hand their requests to the rest
@@ -23,6 +24,7 @@ class Change:
     slow        steps that begin within the next `slow_s` seconds take `slow` times as long
     lost        ranks whose key-value cache is lost: their requests are computed again
     keep_cache  requests of ranks that stop take their key-value cache along (else it is computed again)
+    restart     the process that serves ends and another begins: requests under way begin again, prompt and output
     kind        a word for people: "scale-up", "scale-down", "failure", "recovery"
     """
 
@@ -34,6 +36,7 @@ class Change:
     slow_s: float = 0.0
     lost: tuple[int, ...] = ()
     keep_cache: bool = True
+    restart: bool = False
     kind: str = ""
 
     def __post_init__(self) -> None:
@@ -58,4 +61,5 @@ class Change:
             "slow_s": self.slow_s,
             "lost": list(self.lost),
             "keep_cache": self.keep_cache,
+            "restart": self.restart,
         }

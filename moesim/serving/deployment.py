@@ -20,8 +20,7 @@ from moesim.serving.profiles import MoeProfile
 from moesim.serving.routing import Routing
 from moesim.serving.steps import StepLaw
 
-# Fitted to one vLLM 0.19 run: Qwen3-30B-A3B, data-parallel 2 on two RTX PRO 6000 (LLMServingSim @5daddb2, MIT).
-HOST_S = 2.8e-3
+HOST_S = 2.8e-3  # assumed; in the one run at hand it hides behind the devices
 MOST_SEQS = 1 << 16  # requests a rank runs at a time
 BALANCES = ("least-loaded", "shared")
 EXCHANGES = ("all-to-all", "all-gather")
@@ -37,13 +36,13 @@ class Deployment:
     cache_tokens   tokens of key-value cache of a rank (None: from memory)
     split          every expert is cut over all devices instead of living on one (vLLM without expert parallelism); no placement then
     exchange       how tokens reach experts: all-to-all (the cost model's transport), or all-gather and reduce-scatter
-    ahead          a step is scheduled while the one before it runs (vLLM: async scheduling): the host's work is hidden, and a request
-                   waits one step more
+    ahead          a step is scheduled while the one before it runs (vLLM: async scheduling): of the host's work only what takes longer than
+                   the devices' shows, and a request waits one step more
     prefix_cache   prompts that begin alike share cached blocks, and find those of earlier ones (vLLM: enable_prefix_caching)
     balance        least-loaded: a request goes to a rank as it arrives; shared: it waits in one queue for the first free place
     prefill        instances that only compute prompts and hand them over (disaggregated serving); None: prompts are computed here
     hand_over_Bps  bandwidth out of a prefill rank (None: the NIC, else the link, of its device)
-    host_s         seconds of a step on the host that nothing hides: scheduling, sampling, input preparation
+    host_s         seconds of a step on the host: scheduling, input preparation
     price_per_hour of one device (None: the profile's rent; none there: no cost is given)
     expert_profile measured time of one MoE layer with the experts as a device holds them; None: the cost model's expert kernel
     law            seconds of a step (None: from the cost model and a routing; see `StepLaw.of`)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 MOST_REQUESTS = 5_000_000
 UNIT_TOKENS = 512  # of one of Mooncake's hash_ids
+YEARS = (1900, 2200)
 _BLOCK_B = 8 * 2**20
 
 
@@ -186,7 +187,8 @@ class _Rows:
             return
         if form.unit_s is None:
             stamps = pd.to_datetime(kept[form.time], errors="coerce", utc=True, format="ISO8601")
-            self._check(lines, kept, form.time, (~stamps.isna()).to_numpy(), "a time such as 2023-11-16 18:17:03.97")
+            known = stamps.dt.year.between(*YEARS).to_numpy()  # false for none; beyond, nanoseconds in 64 bits would wrap around
+            self._check(lines, kept, form.time, known, "a time such as 2023-11-16 18:17:03.97")
             seconds = self._since(stamps.to_numpy("datetime64[ns]"))
         else:
             seconds = pd.to_numeric(kept[form.time], errors="coerce").to_numpy(np.float64) * form.unit_s

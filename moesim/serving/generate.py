@@ -81,8 +81,8 @@ class Lengths:
 
 def lognormal(mean: float, *, cv: float = 1.0, most: int = MOST_TOKENS) -> Lengths:
     """Lengths of a log-normal law with this mean and variation, cut off at `most` tokens."""
-    if not (mean >= 1 and cv > 0 and most >= 1 and math.isfinite(mean * cv)):
-        raise InputError(f"log-normal lengths: mean={mean!r} must be >= 1, cv={cv!r} > 0, most={most!r} >= 1")
+    if not (1 <= mean <= most and cv > 0 and math.isfinite(cv)):
+        raise InputError(f"log-normal lengths: mean={mean!r} must be 1 to most={most!r}, cv={cv!r} finite and > 0")
     variance = math.log1p(cv * cv)
     return Lengths(lambda rng, n: np.minimum(rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), n), most))
 

@@ -22,9 +22,14 @@ def load_measured(path: str | Path) -> dict[str, Floats]:
     """Seconds by quantity of every request of a table with columns arrival_s, ttft_ms, tpot_ms, latency_ms (as vLLM's engine
     reports them: from when the request was queued in the scheduler), in order of arrival.
 
-    Raises InputError when a column is missing.
+    An empty cell is a time nobody took. Raises InputError when a column is missing or a time is negative or infinite.
     """
     columns = measured_columns(path, ("arrival_s", *(f"{name}_ms" for name in QUANTITIES)))
+    for name, values in columns.items():
+        good = (values >= 0) & (values < np.inf) | (np.isnan(values) & (name != "arrival_s"))
+        if not good.all():
+            row = int(np.argmin(good))
+            raise InputError(f"{path}: row {row + 1}: {name} is {values[row]}; expected a time >= 0")
     order = np.argsort(columns["arrival_s"], kind="stable")
     return {name: columns[f"{name}_ms"][order] * 1e-3 for name in QUANTITIES}
 

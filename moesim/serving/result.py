@@ -43,6 +43,7 @@ class ServingResult:
     start_s_R first taken into a batch, first_s_R first token out, end_s_R last; again_R times a request was sent back and computed again
     reused_R        prompt tokens found in the prefix cache
     step_parts_s    seconds of all instances' steps by what they were spent on
+    lost_output_tokens  made, and made again after a restart
     device_s        devices times seconds they were there (over the run, changes included); busy_s: computing or exchanging
     """
 
@@ -67,6 +68,7 @@ class ServingResult:
     most_energy_J: float | None
     cost: float | None
     computed_prompt_tokens: int
+    lost_output_tokens: int
     seed: int
     changes: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
@@ -150,6 +152,7 @@ class ServingResult:
             "queue_s": spread(self.queue_s_R),
             "sent_back": int(self.again_R.sum()),
             "reused_prompt_tokens": int(self.reused_R.sum()),
+            "lost_output_tokens": self.lost_output_tokens,
             "steps": self.steps,
             "utilisation": self.busy_s / self.device_s if self.device_s else None,
             "device_hours": self.device_s / 3600,

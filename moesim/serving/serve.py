@@ -51,6 +51,10 @@ def serve(
     if list(changes) != sorted(changes, key=lambda change: change.at_s):
         raise InputError("changes are not in the order of their times; sort them by at_s")
     source = Routing.of(routing) if isinstance(routing, Trace) else routing
+    if deployment.prefill is not None and any(change.restart for change in changes):
+        raise InputError(
+            f"deployment {deployment.name!r}: a restart of instances with separate prefill is not modelled; restart instances that do both"
+        )
     known: dict[int, Deployment] = {}
 
     def ready(stage: Deployment) -> Deployment:
@@ -72,6 +76,10 @@ def serve(
     refused = int((~fits_R).sum())
     if refused:
         notes.append(f"{refused} of {len(arrivals)} requests exceed the key-value cache of a rank ({room:,} tokens) and were refused")
+    if found.lost_output_tokens:
+        notes.append(
+            f"restarts lost {found.lost_output_tokens:,} output tokens; requests under way began again, and their first token is the last they got"
+        )
     times = np.asarray([0.0, *(change.at_s for change in changes)])
     return replace(
         found,
@@ -200,6 +208,7 @@ def _kernel_changes(changes: Sequence[Change], stage_C: list[int], ranks: int) -
         slow_C=column("slow"),
         slow_s_C=column("slow_s"),
         keep_C=column("keep_cache").astype(bool),
+        restart_C=column("restart").astype(bool),
         lost_CW=lost,
     )
 
@@ -237,7 +246,7 @@ def _kernel_laws(stages: Sequence[Deployment]) -> kernel.Laws:
         dense_XT=dense,
         head_XT=head,
         fixed_X=np.asarray([law.fixed_s for law in laws]),
-        context_X=np.asarray([law.context_s for law in laws]),
+        context_X2=np.asarray([(law.context_s, law.mixed_s) for law in laws]),
         pair_X=np.asarray([law.pair_s for law in laws]),
         drawn_XHBDM3=drawn,
         window_H=windows,
@@ -320,6 +329,7 @@ def _result(
         most_energy_J=most if powered else None,
         cost=cost if priced else None,
         computed_prompt_tokens=int(sums.tokens_X2[:, 1].sum()),
+        lost_output_tokens=int(sums.tokens_X2[:, 0].sum() - req.output_R.sum()),
         seed=seed,
     )
 

@@ -157,8 +157,7 @@ def change_of(resizing: Resizing, to: Deployment) -> tuple[Change, ...]:
     kind = "scale-up" if resizing.after > resizing.before else "scale-down"
     ready_s = resizing.at_s + resizing.seconds
     if resizing.down_s:
-        lost = () if resizing.keeps_cache else tuple(range(resizing.before // to.tp))
-        return (Change(at_s=resizing.at_s, to=to, down_s=resizing.down_s, lost=lost, keep_cache=resizing.keeps_cache, kind=kind),)
+        return (Change(at_s=resizing.at_s, to=to, down_s=resizing.down_s, restart=not resizing.keeps_cache, kind=kind),)
     over = Change(at_s=ready_s, to=to, keep_cache=resizing.keeps_cache, kind=kind)
     if resizing.pause_s:
         return (Change(at_s=resizing.at_s, pause_s=resizing.pause_s, kind=f"{kind} ordered"), over)

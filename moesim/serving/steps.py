@@ -2,10 +2,14 @@
 
     step = host + max over ranks (dense + cached tokens*context + pairs*pair + head) + experts + exchange
 
-dense, head, context and pair are the rooflines of `cost.attention`. experts and exchange are those of the cost model for
-batches drawn from a real trace: for every count of tokens on a grid some batches of decode tokens and of prompt tokens are
-routed, layer by layer, under the placement; each layer waits for its slowest device. A step takes one of the drawn batches
-by a seeded number, between two grid points by line, between decode and prompt tokens by their share.
+Scheduled ahead, the host's part runs beside the others: the longer of both counts. dense, head, context and pair are the
+rooflines of `cost.attention`; head holds the sampling of a token, too. FlashAttention 2 packs the query heads of a group into
+a tile only while every sequence has one token: with it, decode tokens fill a tile for each head in steps with prompts.
+
+experts and exchange are those of the cost model for batches drawn from a real trace: for every count of tokens on a grid some
+batches of decode tokens and of prompt tokens are routed, layer by layer, under the placement; each layer waits for its
+slowest device. A step takes one of the drawn batches by a seeded number, between two grid points by line, between decode and
+prompt tokens by their share.
 
 Suffixes: B token counts, D draws, M (0 decode, 1 prompt), H windows of the domain mix, S steps, L layers, G devices.
 """
@@ -19,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesim.cost import CostModel, route
-from moesim.cost.attention import LAUNCH_S, NOTE, attention_time, dense_parameters, product_s
+from moesim.cost.attention import FLOPS_SHARE, LAUNCH_S, NOTE, attention_shape, attention_time, dense_parameters, product_s
 from moesim.cost.collectives import wire_bytes
 from moesim.cost.experts import ComputePeak, expert_time_s
 from moesim.cost.fitted import intra_curve
@@ -42,9 +46,21 @@ APPROXIMATION = (
     "serving: a step takes expert and exchange times of one of {draws} batches per token count, routed layer by layer from the trace; "
     "between counts, and between decode and prompt tokens, by line"
 )
-
-
-HOST_NOTE = "host: {time} of every step is scheduling and sampling that nothing hides; the default was fitted to one vLLM 0.19 run"
+# Sampling and bookkeeping of one request in a step; fitted to one vLLM 0.19 run: Qwen3-30B-A3B, data-parallel 2 on two RTX PRO 6000
+# (LLMServingSim @5daddb2, MIT). Steps of few requests are too short there for a constant of every step.
+SAMPLE_S = 13e-6
+# Queries in a tile of FlashAttention 2 over a paged cache (kBlockM of its split-KV kernel), which packs the heads of a group only where
+# max_seqlen_q == 1 (its flash_api.cpp: seqlenq_ngroups_swapped); and GPUs on which vLLM is taken to run it: compute capability 8 and 12. The run
+# above agrees: with it, every part of the run asks for nearly the same SAMPLE_S, without it parts contradict each other.
+TILE = 64
+TILED = frozenset({"a100-40", "a100-80", "a40", "rtx-3060", "rtx-4090", "rtx-a5000", "rtx-pro-6000"})
+HOST_NOTE = (
+    f"host: {{time}} of every step is scheduling (assumed), hidden behind the devices where steps are scheduled ahead; {human(SAMPLE_S, 's')} for "
+    "each token sampled were fitted to one vLLM 0.19 run"
+)
+TILE_NOTE = (
+    f"attention: in steps with prompts a decode token fills a tile of {TILE} queries for each head, as FlashAttention 2 on {{devices}} (assumed)"
+)
 
 
 class Instance(Protocol):
@@ -79,7 +95,8 @@ class StepLaw:
     """Tables of one deployment. grid_B: tokens, from 1, rising; beyond its end nothing is defined.
 
     dense_s_B, head_s_B    a rank's dense parts for its tokens; the vocabulary for the tokens it samples
-    context_s, pair_s      one cached token read by a decode token; one query-key pair of a prompt (all layers)
+    context_s, mixed_s     one cached token read by a decode token, in steps of decode tokens alone and in steps with prompts (all layers)
+    pair_s                 one query-key pair of a prompt (all layers)
     compute_s_HMBD         experts: the slowest device of every layer, summed over layers; busy_s_HMBD the mean device
     exchange_s_HMBD        both ways of every layer, for tokens evenly over the ranks
     """
@@ -89,6 +106,7 @@ class StepLaw:
     head_s_B: Floats
     fixed_s: float
     context_s: float
+    mixed_s: float
     pair_s: float
     compute_s_HMBD: Floats
     busy_s_HMBD: Floats
@@ -108,6 +126,7 @@ class StepLaw:
             head_s_B=np.zeros(2),
             fixed_s=step_s,
             context_s=0.0,
+            mixed_s=0.0,
             pair_s=0.0,
             compute_s_HMBD=none,
             busy_s_HMBD=none,
@@ -131,7 +150,7 @@ class StepLaw:
                 f"{deployment.width} ranks of max_batch_tokens={deployment.max_batch_tokens} make steps of more than {MOST_TOKENS:,} tokens; lower it"
             )
         grid = token_grid(deployment.width * deployment.max_batch_tokens)
-        dense, head, context_s, pair_s = _dense(deployment, grid)
+        dense, head, context_s, mixed_s, pair_s = _dense(deployment, grid)
         windows = len(chosen.window_H) if model.moe_layers else 0
         tables = np.zeros((3, len(chosen.window_H), 2, len(grid), DRAWS))
         outside_B = np.zeros(len(grid), bool)
@@ -140,6 +159,9 @@ class StepLaw:
                 tables[:, h, mode], outside = _drawn(deployment, chosen, grid, prompts=bool(mode), window=h, seed=seed)
                 outside_B |= outside
         notes = [NOTE, HOST_NOTE.format(time=human(deployment.host_s, "s")), *chosen.notes]
+        if mixed_s > context_s:
+            tiled = dict.fromkeys(device.name for device in deployment.cluster.devices if device.name in TILED)
+            notes.append(TILE_NOTE.format(devices=", ".join(tiled)))
         if model.moe_layers:
             notes.insert(0, APPROXIMATION.format(draws=DRAWS))
         own = deployment.expert_profile.notes if deployment.expert_profile else ()
@@ -157,6 +179,7 @@ class StepLaw:
             head_s_B=head,
             fixed_s=deployment.host_s,
             context_s=context_s,
+            mixed_s=mixed_s,
             pair_s=pair_s,
             compute_s_HMBD=tables[0],
             busy_s_HMBD=tables[1],
@@ -181,12 +204,12 @@ def token_grid(most: int) -> NDArray[np.int64]:
     return np.asarray(grid, np.int64)
 
 
-def _dense(deployment: Instance, grid: NDArray[np.int64]) -> tuple[Floats, Floats, float, float]:
-    """dense_s_B, head_s_B, context_s and pair_s of the slowest device; tensor parallelism divides work, not launches."""
+def _dense(deployment: Instance, grid: NDArray[np.int64]) -> tuple[Floats, Floats, float, float, float]:
+    """dense_s_B, head_s_B, context_s, mixed_s and pair_s of the slowest device; tensor parallelism divides work, not launches."""
     model, tp = deployment.model, deployment.tp
-    weights, sparse = dense_parameters(model), len(model.moe_layers)
+    weights, shape, sparse = dense_parameters(model), attention_shape(model), len(model.moe_layers)
     found = []
-    for peak in deployment.costs.peaks.values():
+    for name, peak in deployment.costs.peaks.items():
 
         def shared(time_s: Floats, launches: int = 1) -> Floats:
             return np.where(time_s > 0, launches * LAUNCH_S + (time_s - launches * LAUNCH_S) / tp, 0.0)
@@ -204,11 +227,14 @@ def _dense(deployment: Instance, grid: NDArray[np.int64]) -> tuple[Floats, Float
             float(attention_time(model, tokens=many, context=long, mode=mode, peak=peak).scores_s_N) - LAUNCH_S for mode in ("decode", "prefill")
         )
         per_token = model.layers / tp
-        found.append((dense, product(grid, weights.vocabulary / 2), decode / many / long * per_token, prompt / many / (long / 2) * per_token))
-    dense_s, head_s, context_s, pair_s = (np.max(np.asarray(part), axis=0) for part in zip(*found, strict=True))
+        head, context_s = product(grid, weights.vocabulary / 2) + SAMPLE_S * grid, decode / many / long * per_token
+        tile_s = 2 * TILE * shape.heads * (shape.head_dim + (shape.value_dim or shape.head_dim)) / (peak.flops * FLOPS_SHARE) * per_token
+        mixed_s = max(context_s, tile_s) if name in TILED and not shape.kv_rank else context_s
+        found.append((dense, head, context_s, mixed_s, prompt / many / (long / 2) * per_token))
+    dense_s, head_s, context_s, mixed_s, pair_s = (np.max(np.asarray(part), axis=0) for part in zip(*found, strict=True))
     sums = 2 * model.layers - sparse  # after attention, and after the MLP of a dense layer
     dense_s = dense_s + sums * _collective(deployment.costs, "all_reduce", grid * deployment.costs.combine_B, tp)[0]
-    return dense_s, head_s, float(context_s), float(pair_s)
+    return dense_s, head_s, float(context_s), float(mixed_s), float(pair_s)
 
 
 def _collective(cost: CostModel, op: str, size_B_N: ArrayLike, ranks: int) -> tuple[Floats, list[str]]:

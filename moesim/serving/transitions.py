@@ -138,7 +138,6 @@ class Transition:
     down_s       nothing runs
     moved_B      bytes between devices; loaded_B: bytes from disk or host
     peak_B_G     most bytes each device holds at a time
-    keeps_cache  key-value caches of requests under way survive
     """
 
     method: str
@@ -150,8 +149,12 @@ class Transition:
     moved_B: float
     loaded_B: float
     peak_B_G: Floats
-    keeps_cache: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Requests under way go on; where nothing runs, the process that had them ends, and they begin again."""
+        return not self.down_s
 
     @property
     def end_s(self) -> dict[str, float]:
@@ -308,7 +311,6 @@ def transition(
         moved_B=moved_B,
         loaded_B=loaded_B,
         peak_B_G=peak_G + cache_G,
-        keeps_cache=method.reuse or method.beside,
         notes=tuple(notes),
     )
 

@@ -13,7 +13,7 @@ from moesim.report.offers import Offers, draw_offers
 from moesim.report.parts import CapacityPart, CasePart, FigurePart, SweepPart
 from moesim.report.schema import Document
 from moesim.report.sections.sweep import conditions, done, shown, value_text, words
-from moesim.report.text import duration
+from moesim.report.text import quantity
 
 MOST_CURVES = 6
 UNCOVERED = (
@@ -64,7 +64,7 @@ def capacity(document: Document) -> Section | None:
     offers = offering(part, sweep)
     rate = f"{part.requests / part.span_s:,.3g} requests/s" if part.span_s else f"{part.requests:,} requests"
     lead = (
-        f"{part.requests:,} requests in {duration(part.span_s)} ({rate}), on average {part.prompt_tokens:,.0f} tokens in "
+        f"{part.requests:,} requests in {quantity(part.span_s, 's')} ({rate}), on average {part.prompt_tokens:,.0f} tokens in "
         f"and {part.output_tokens:,.0f} out. "
         f"Objective: {part.slo}. {len(offers.cases)} deployments, {sum(map(offers.keeps, offers.cases))} of them keep it."
     )

@@ -11,7 +11,7 @@ from moesim.report.sections.capacity import Offering, broken_by, headroom, offer
 from moesim.report.sections.comparison import BASELINE, strongest
 from moesim.report.sections.provenance import notes
 from moesim.report.sections.sweep import shown, words
-from moesim.report.text import duration, percent, quantity
+from moesim.report.text import percent, quantity
 
 STATIC, HINDSIGHT = "static-minimum", "optimal"
 
@@ -78,7 +78,7 @@ def scale(scaling: ScalingPart, sentences: list[str], tiles: list[Tile], caution
     if bill:
         saves = _saving(bill, static) if static and static is not bill else ""
         each = " each" if scaling.instances > 1 else ""
-        sentences.append(f"{how}: {_money(scaling, bill)}{each} for {duration(len(scaling.timeline) * scaling.plan.interval_s)}{saves}.")
+        sentences.append(f"{how}: {_money(scaling, bill)}{each} for {quantity(len(scaling.timeline) * scaling.plan.interval_s, 's')}{saves}.")
         tone = "good" if static and bill.total < static.total else "plain"
         detail = f"{_money(scaling, static)} at one size" if static else ""
         tiles.append(Tile(label="scaling costs" if bought else "the plan costs", value=_money(scaling, bill), detail=detail, tone=tone))

@@ -9,7 +9,7 @@ from moesim.report.curves import Curves, draw_curves
 from moesim.report.offers import Load, draw_load
 from moesim.report.parts import EventPart, ScalingPart, ServedPart, ServingPart
 from moesim.report.schema import Document
-from moesim.report.text import duration, percent, quantity
+from moesim.report.text import percent, quantity
 
 
 def serving(document: Document) -> Section | None:
@@ -52,7 +52,7 @@ def scaling(document: Document) -> Section | None:
     plan = part.plan
     sizes = sorted({interval.devices for interval in part.timeline})
     lead = (
-        f"Plan {plan.name}: {sizes[0]} to {sizes[-1]} devices in intervals of {duration(plan.interval_s)}, {len(plan.changes)} changes."
+        f"Plan {plan.name}: {sizes[0]} to {sizes[-1]} devices in intervals of {quantity(plan.interval_s, 's')}, {len(plan.changes)} changes."
         if len(sizes) > 1
         else f"Plan {plan.name}: {sizes[0]} devices throughout."
     )
@@ -63,7 +63,7 @@ def scaling(document: Document) -> Section | None:
         blocks.append(_event(part.event))
     if plan.changes:
         rows = [
-            cells(duration(c.at_s), f"{c.before} → {c.after}", c.method, quantity(c.seconds, "s"), quantity(c.pause_s + c.down_s, "s"),
+            cells(quantity(c.at_s, 's'), f"{c.before} → {c.after}", c.method, quantity(c.seconds, "s"), quantity(c.pause_s + c.down_s, "s"),
                   quantity(c.moved_B, "B"), quantity(c.loaded_B, "B"))
             for c in plan.changes
         ]  # fmt: skip
@@ -86,7 +86,7 @@ def _event(event: EventPart) -> Gallery:
         marks=[0.0, event.seconds],
     )  # fmt: skip
     return Gallery(
-        heading=f"The change from {event.before} to {event.after} devices at {duration(event.at_s)}, closely",
+        heading=f"The change from {event.before} to {event.after} devices at {quantity(event.at_s, 's')}, closely",
         drawings=[
             Drawing(
                 caption=f"Requests; {ready}",
@@ -134,8 +134,8 @@ def _size(part: ScalingPart) -> Drawing:
         caption="Demand, and what the devices in use can serve",
         alt=f"Area of demand up to {max(load.demand):.3g} requests per second under steps of capacity, {len(part.plan.changes)} changes of size.",
         draw=partial(draw_load, load=load),
-        width=760,
-        height=300,
+        width=600,
+        height=270,
     )
 
 

@@ -99,8 +99,11 @@ def _drawn(i: int, tokens: int, share: float, d: int, x: int, window: int, laws:
 
 
 @inlined
-def step_s(first: int, width: int, x: int, window: int, slow: float, seed: Any, ranks: Ranks, laws: Laws, found: Found) -> float:
-    """Seconds of the step of the group that begins at rank `first`. A rank without work runs one token along."""
+def step_s(first: int, width: int, x: int, window: int, slow: float, hidden: bool, seed: Any, ranks: Ranks, laws: Laws, found: Found) -> float:
+    """Seconds of the step of the group that begins at rank `first`. A rank without work runs one token along.
+
+    `hidden`: the host's work was done while the last step ran, and shows only where it takes longer than the devices'.
+    """
     total, most, prompt, dense = 0, 0, 0.0, 0.0
     for w in range(first, first + width):
         tokens = max(1, int(ranks.load_W5[w, 0] + ranks.load_W5[w, 1]))
@@ -108,17 +111,20 @@ def step_s(first: int, width: int, x: int, window: int, slow: float, seed: Any, 
         most = max(most, tokens)
         prompt += ranks.load_W5[w, 1]
         own = laws.dense_XT[x, tokens] + laws.head_XT[x, int(ranks.load_W5[w, 4])]
-        dense = max(dense, own + ranks.load_W5[w, 2] * laws.context_X[x] + ranks.load_W5[w, 3] * laws.pair_X[x])
+        context = laws.context_X2[x, 1 if ranks.load_W5[w, 1] > 0 else 0]
+        dense = max(dense, own + ranks.load_W5[w, 2] * context + ranks.load_W5[w, 3] * laws.pair_X[x])
     d = int(_hash(seed, first, ranks.steps_W[first]) % np.uint64(laws.drawn_XHBDM3.shape[3]))
     share, padded = prompt / total, most * width
     experts = _drawn(0, total, share, d, x, window, laws)
     mean = _drawn(1, total, share, d, x, window, laws)
     exchange = _drawn(2, padded, share, d, x, window, laws)  # the fullest rank's port sets the time
-    plain = laws.fixed_X[x] + dense + experts + exchange
+    devices = dense + experts + exchange
+    host = max(0.0, laws.fixed_X[x] - devices) if hidden else laws.fixed_X[x]
+    plain = host + devices
     ranks.steps_W[first] += 1
     found.steps_X[x] += 1
     found.busy_s_X[x] += dense + mean + exchange
-    found.parts_X5[x, 0] += laws.fixed_X[x]
+    found.parts_X5[x, 0] += host
     found.parts_X5[x, 1] += dense
     found.parts_X5[x, 2] += experts
     found.parts_X5[x, 3] += exchange

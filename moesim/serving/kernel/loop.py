@@ -95,7 +95,7 @@ def run(seed: Any, req: Requests, ranks: Ranks, stages: Stages, laws: Laws, chan
                     idle = True  # nothing was scheduled ahead, so the engine looks again
                 if tokens > 0:
                     factor = slow if now < slow_until else 1.0
-                    ranks.end_W[first] = now + step_s(first, width, 2 * z + pool, window, factor, seed, ranks, laws, found)
+                    ranks.end_W[first] = now + step_s(first, width, 2 * z + pool, window, factor, stages.ahead and not idle, seed, ranks, laws, found)
     return left
 
 

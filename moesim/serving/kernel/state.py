@@ -154,7 +154,7 @@ class Laws(NamedTuple):
     dense_XT: Floats
     head_XT: Floats
     fixed_X: Floats
-    context_X: Floats
+    context_X2: Floats  # of a cached token: in steps of decode tokens alone, in steps with prompts
     pair_X: Floats
     drawn_XHBDM3: Floats  # experts: slowest devices, mean device; exchange
     window_H: Floats
@@ -170,6 +170,7 @@ class Changes(NamedTuple):
     slow_C: Floats
     slow_s_C: Floats
     keep_C: Bools
+    restart_C: Bools
     lost_CW: Bools
 
 
@@ -180,7 +181,7 @@ class Found(NamedTuple):
     bin_s: Floats  # [1], doubles when time outgrows the intervals
     busy_s_X: Floats  # seconds a mean device of a group computed or exchanged
     steps_X: Ints
-    parts_X5: Floats  # seconds of steps: host, dense, experts, exchange, drawn out by a slow phase
+    parts_X5: Floats  # seconds of steps: host (what the devices do not hide), dense, experts, exchange, drawn out by a slow phase
     tokens_X2: Ints  # output tokens made, prompt tokens computed
 
     @classmethod

@@ -12,20 +12,35 @@ from moesim.serving.kernel.state import FOREVER, Changes, Ranks, Requests, Stage
 @compiled
 def apply(c: int, z: int, now: float, base_1: int, req: Requests, ranks: Ranks, stages: Stages, changes: Changes) -> int:
     """Stop ranks, lose caches, regroup, deal the waiting requests out anew. Returns the new stage."""
-    new = changes.stage_C[c]
+    new, restart = changes.stage_C[c], changes.restart_C[c]
     for pool in range(2):
         low, before, after = pool * base_1, stages.ranks_Z2[z, pool], stages.ranks_Z2[new, pool]
         for w in range(low, low + before):
-            if w >= low + after or changes.lost_CW[c, w]:
-                lose = changes.lost_CW[c, w] or not changes.keep_C[c]
+            if restart or w >= low + after or changes.lost_CW[c, w]:
+                lose = restart or changes.lost_CW[c, w] or not changes.keep_C[c]
                 for i in range(ranks.running_W[w] - 1, -1, -1):
                     send_back(w, i, lose, req, ranks, stages)
                 forget(w, ranks)
+                if restart:
+                    ranks.end_W[w] = FOREVER
         if before != after or stages.width_Z2[z, pool] != stages.width_Z2[new, pool]:
             _regroup(low, before, max(stages.width_Z2[z, pool], 1), after, max(stages.width_Z2[new, pool], 1), ranks)
-        if before != after or changes.lost_CW[c].any():
+        if restart:
+            _begin_again(low, low + before, req, ranks)
+        if before != after or restart or changes.lost_CW[c].any():
             _deal(low, max(before, after), after, max(stages.width_Z2[new, pool], 1), now, req, ranks)
     return new  # type: ignore[no-any-return]
+
+
+@compiled
+def _begin_again(low: int, high: int, req: Requests, ranks: Ranks) -> None:
+    """Those who wait at these ranks have made nothing yet."""
+    for w in range(low, high):
+        q = ranks.head_W[w]
+        for _ in range(ranks.waiting_W[w]):
+            req.made_R[q] = 0
+            req.first_R[q] = np.nan
+            q = req.next_R[q]
 
 
 @compiled

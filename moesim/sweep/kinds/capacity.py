@@ -62,6 +62,7 @@ class CapacityFields(Fields):
     prefill: Whole = 0
     max_seqs: Count = 256
     max_batch_tokens: Count = 8192
+    prefix_cache: bool = False
     exchange: Literal["all-to-all", "all-gather"] = "all-to-all"
     transport: str | None = None
     prices: dict[str, float] = Field(default_factory=dict)
@@ -156,6 +157,7 @@ def _instance(key: str) -> Deployment:
         tp=parse_layout(fields.layout, where.size) if fields.layout else 1,
         max_seqs=fields.max_seqs,
         max_batch_tokens=fields.max_batch_tokens,
+        prefix_cache=fields.prefix_cache,
         exchange=fields.exchange,
         price_per_hour=next(iter(priced), None),
     ).prepared(routing_of(fields), seed=fields.seed)
@@ -196,8 +198,8 @@ KIND = Kind(
     says="deployments under traffic: which keep the service objective, and at which price",
     fields=CapacityFields,
     run=serve_case,
-    choices=("cluster", "replicas", "prefill", "layout", "solver", "plan", "extra_slots", "dispatch", "max_seqs", "max_batch_tokens", "exchange",
-             "transport"),
+    choices=("cluster", "replicas", "prefill", "layout", "solver", "plan", "extra_slots", "dispatch", "max_seqs", "max_batch_tokens",
+             "prefix_cache", "exchange", "transport"),
     figures=(
         Figure(name="attainment", label="SLO kept by", unit="%", less=False),
         Figure(name="price_per_hour", label="price/h", unit="$"),
