@@ -5,8 +5,8 @@ Import this module only from modules that are themselves loaded lazily: numba co
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 import numba
@@ -14,8 +14,42 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
+from moesim.files import digest
+
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=tuple[Any, ...])
+
+
+def _named(function: F) -> F:
+    """The function, with a digest of its code and of all it calls in the name that numba keeps it by.
+
+    numba compiles anew when a function's own file has changed, but not when another has that it calls something of.
+    """
+    named: Any = function
+    named.__qualname__ = f"{function.__qualname__}_{digest(*_code(function, set()))}"
+    return function
+
+
+def _code(function: Any, seen: set[Any]) -> Iterator[str]:
+    """Code of a function, numbers it finds among its globals, and the same of the compiled functions it calls."""
+    if function in seen:
+        return
+    seen.add(function)
+    names: set[str] = set()
+    parts = [function.__code__]
+    for code in parts:  # those of comprehensions join on the way
+        names.update(code.co_names)
+        parts += [const for const in code.co_consts if isinstance(const, CodeType)]
+        yield repr((code.co_code, code.co_names, code.co_varnames))
+        yield from (repr(sorted(const) if isinstance(const, frozenset) else const) for const in code.co_consts if not isinstance(const, CodeType))
+    for name in sorted(names & function.__globals__.keys()):
+        value = function.__globals__[name]
+        called = getattr(value, "py_func", None)
+        if isinstance(called, FunctionType):
+            yield name
+            yield from _code(called, seen)
+        elif isinstance(value, (bool, int, float, str, tuple, np.generic)):
+            yield f"{name} = {value!r}"
 
 
 def compiled(function: F) -> F:
@@ -23,13 +57,13 @@ def compiled(function: F) -> F:
 
     Kernels keep IEEE arithmetic (no fast-math): the same seed gives the same bytes in any process.
     """
-    kernel: F = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    kernel: F = numba.njit(cache=True, nogil=True, error_model="numpy")(_named(function))
     return kernel
 
 
 def inlined(function: F) -> F:
     """Like `compiled`, for small functions called in hot loops: a call would copy whole tuples of arrays."""
-    kernel: F = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)(function)
+    kernel: F = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)(_named(function))
     return kernel
 
 
@@ -45,8 +79,8 @@ def ones(word: np.uint64) -> np.int64:
 def specialised(loop: F, name: str, hooks: dict[str, Any]) -> F:
     """A compiled copy of the plain function `loop` that finds `hooks` where the original has globals of those names.
 
-    numba keeps compiled code by qualified name, so every copy has its own file in its cache; functions passed as arguments
-    or closed over would be compiled anew in each process.
+    numba keeps compiled code by qualified name, so every copy has its own file in its cache, and one of other hooks another;
+    functions passed as arguments or closed over would be compiled anew in each process.
     """
     assert isinstance(loop, FunctionType)
     copy: Any = FunctionType(loop.__code__, {**loop.__globals__, **hooks}, name)

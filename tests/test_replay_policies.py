@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Set
 from importlib.metadata import EntryPoint
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import moesim.replay.policy as module
 from moesim.errors import InputError, PluginError
-from moesim.replay import CacheState, Event, Oracle, Policy, load_policy, policies, replay
+from moesim.replay import CacheState, Event, Events, Oracle, Policy, Prefetches, load_policy, policies, replay
 from moesim.testing.policies import PolicySuite, random_events
 
 
@@ -89,6 +92,52 @@ def test_plain_python_means_the_same(plain, compiled, slots, scope):
         assert one.summary() == {**two.summary(), "policy": plain.name}
         assert one.moves.action_M.tolist() == two.moves.action_M.tolist()
         assert one.moves.expert_M.tolist() == two.moves.expert_M.tolist()
+
+
+class PlainBelady:
+    """Knows when its cache's events come to ask for each expert."""
+
+    name = "plain-belady"
+
+    def __init__(self, events: Events) -> None:
+        self.uses: dict[tuple[int, int], list[int]] = defaultdict(list)
+        seen = Counter[int]()
+        for n, layer in enumerate(events.layer_N.tolist()):
+            seen[layer] += 1
+            for e in events.experts_A[events.starts_N[n] : events.starts_N[n + 1]].tolist():
+                self.uses[layer, e].append(seen[layer])
+        self.now = self.layer = 0
+
+    def admit(self, event: Event, state: CacheState) -> None:
+        self.now, self.layer = event.number, event.layer
+
+    def victim(self, state: CacheState, protected: Set[int]) -> int | None:
+        return max(state.resident - protected, key=lambda e: next((use for use in self.uses[self.layer, e] if use > self.now), 1000))
+
+
+class Guesses:
+    """Foretells up to four experts of every event, right or wrong."""
+
+    name = "guesses"
+
+    def predict(self, events: Events, *, seed: int) -> Prefetches:
+        rng = np.random.default_rng(seed)
+        some_N = [rng.permutation(events.experts)[: rng.integers(0, 5)] for _ in range(len(events))]
+        return Prefetches(
+            experts_F=np.concatenate(some_N).astype(np.int32),
+            starts_N=np.concatenate([[0], np.cumsum([len(some) for some in some_N])]),
+            lead_N=np.ones(len(events), np.int32),
+        )
+
+
+@given(st.lists(st.integers(0, 9), max_size=80), st.integers(1, 9))
+@settings(max_examples=40)
+def test_belady_gives_up_nothing_foretold_for_the_same_event(accesses, slots):
+    """One expert at a time, and every expert once more at the end: no two are needed next at the same time."""
+    ids = np.asarray([*accesses, *range(10)], np.uint16)
+    events = Events.from_experts(np.stack([ids, ids], axis=1)[:, :, None], experts=10)
+    plain, compiled = (replay(events, policy, slots, prefetcher=Guesses()) for policy in (PlainBelady(events), "belady"))
+    assert plain.hit_A[: 2 * len(accesses)].tolist() == compiled.hit_A[: 2 * len(accesses)].tolist()
 
 
 def test_a_forbidden_victim_is_the_policys_fault():

@@ -70,9 +70,11 @@ class CacheScore:
 def score_cache(problem: CacheProblem, plan: CachePlan) -> CacheScore:
     """Score of a cache plan on a problem's tokens, in closed form, whatever solver it is from and whatever it learnt from.
 
-    Raises PlanError when the plan is for another model or placement.
+    Raises PlanError when the plan is for another model or placement, InputError where there are no tokens.
     """
     plan.check_fits(problem.model, problem.plan, place=f"cache plan {plan.name!r}")
+    if not len(problem.experts_TLK):
+        raise InputError(f"there are no tokens to judge cache plan {plan.name!r} on; select some")
     ends_S = problem.ends_S
     residency = residency_of(plan, problem.model)
     width = float(problem.tokens_per_device * problem.cluster.size)

@@ -5,6 +5,7 @@ Suffixes: G devices.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from moesim.plan.cache import HOST, NVME
 from moesim.units import parse
 
 Floats = NDArray[np.float64]
+_PLAIN = re.compile(r"-?\d[\d.]*(e[+-]?\d+)?")  # bytes without a unit
 _MEMORY = {TIERS[HOST]: "ddr", TIERS[NVME]: "nvme"}
 
 
@@ -76,15 +78,18 @@ def _capacity_B(cluster: Cluster, memory: str) -> float:
 
 
 def memory_B_G(memory: float | str, held_B_G: Floats) -> Floats:
-    """Bytes of each device from a size ("24 GB") or a share of the experts it computes ("50%"). Raises InputError."""
-    text = str(memory).strip()
+    """Bytes of each device from a size ("24 GB", or a number of bytes) or a share of the experts it computes ("50%"). Raises InputError."""
+    text, remedy = str(memory).strip(), "give bytes >= 0, such as '24 GB', or a share of all experts, such as '50%'"
     try:
-        found_G = held_B_G * parse(text, "1") if text.endswith("%") else np.full(len(held_B_G), parse(memory, "B"))
-    except ValueError as problem:
-        raise InputError(f"memory {text!r}: {problem}, or a share of all experts such as '50%'") from None
-    if (found_G < 0).any():
-        raise InputError(f"memory {text!r}: give bytes >= 0, such as '24 GB', or a share of all experts such as '50%'")
-    return found_G
+        if text.endswith("%"):
+            found_G = held_B_G * parse(text, "1")
+        else:
+            found_G = np.full(len(held_B_G), parse(text if _PLAIN.fullmatch(text) is None else float(text), "B"))
+    except ValueError:
+        raise InputError(f"memory {text!r}: {remedy}") from None
+    if not (found_G >= 0).all():
+        raise InputError(f"memory {text!r}: {remedy}")
+    return found_G + 0.0  # -0 is 0
 
 
 def noise(bits: NDArray[np.floating], served: float) -> Floats:

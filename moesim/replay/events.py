@@ -100,6 +100,7 @@ class Events:
         """
         from moesim.replay.kernels.gather import gather
 
+        experts_TLK = np.asarray(experts_TLK)
         if experts_TLK.ndim != 3 or experts_TLK.shape[1] < 1 or experts_TLK.dtype.kind not in "iu":
             raise TraceError(f"routing must be whole numbers [tokens, layers, selections], got {experts_TLK.dtype} of shape {experts_TLK.shape}")
         if tokens_per_step < 1:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesim.replay import Events, miss_curves, policies, replay
 from tests.bench.registry import Measured, bench, best_of
@@ -23,12 +24,12 @@ def requests() -> Events:
     return Events(experts_A=ids, starts_N=np.arange(REQUESTS + 1), layer_N=0 * every, step_N=every, layers=1, experts=64)
 
 
-def tokens(experts: int, top_k: int, layers: int, count: int, tokens_per_step: int = 1) -> Events:
+def tokens(experts: int, top_k: int, layers: int, count: int, tokens_per_step: int = 1, step_T: NDArray[np.integer] | None = None) -> Events:
     """Skewed choices."""
     rng = np.random.default_rng(0)
     liking = rng.random((layers, experts))
     ids = np.argsort(-(liking + rng.random((count, layers, experts))), axis=2)[:, :, :top_k].astype(np.uint16)
-    return Events.from_experts(ids, experts=experts, tokens_per_step=tokens_per_step)
+    return Events.from_experts(ids, experts=experts, tokens_per_step=tokens_per_step, step_T=step_T)
 
 
 def plain_lru(ids: list[int], slots: int) -> int:
@@ -100,9 +101,17 @@ def replay_events_slowest() -> Measured:
     return Measured(value=events.accesses / seconds[slowest], unit=f"accesses/s ({slowest})", peer="LRU", peer_value=events.accesses / seconds["lru"])
 
 
-def curves(tokens_per_step: int) -> Measured:
+@bench
+def replay_events_next_use() -> Measured:
+    """Accesses per second of `next-use`, which learns a row of the table for every access, top-10 of 512; against LRU."""
+    events = tokens(512, 10, 1, 20_000)
+    seconds, peer = (best_of(lambda policy=policy: replay(events, policy, 128), repeats=3) for policy in ("next-use", "lru"))
+    return Measured(value=events.accesses / seconds, unit="accesses/s", peer="LRU", peer_value=events.accesses / peer)
+
+
+def curves(tokens_per_step: int = 1, step_T: NDArray[np.integer] | None = None) -> Measured:
     """Seconds of LRU for all sizes 0..256, top-8 of 256 in one layer, against the quickest of three sizes."""
-    events = tokens(256, 8, 1, 40_000, tokens_per_step)
+    events = tokens(256, 8, 1, 40_000, tokens_per_step, step_T)
     seconds = best_of(lambda: miss_curves(events, "lru"))
     one = min(best_of(lambda slots=slots: replay(events, "lru", slots)) for slots in (32, 64, 128))
     return Measured(value=seconds, unit="s", peer="one size", peer_value=one)
@@ -130,6 +139,25 @@ def lru_curves_16() -> Measured:
 def lru_curves_64() -> Measured:
     """Events of most experts."""
     return curves(64)
+
+
+def mixed(narrow: int, wide: int, share: float) -> NDArray[np.integer]:
+    """Step of each of 40,000 tokens: steps of up to `narrow` tokens, and a `share` of them with `wide`."""
+    rng = np.random.default_rng(1)
+    long_S = np.where(rng.random(40_000) < share, wide, rng.integers(1, narrow + 1, 40_000))
+    return np.repeat(np.arange(40_000), long_S)[:40_000]
+
+
+@bench
+def lru_curves_prefill() -> Measured:
+    """One token a step, and every hundredth step a prefill of 256 that asks for nearly all experts."""
+    return curves(step_T=mixed(1, 256, 0.01))
+
+
+@bench
+def lru_curves_mixed() -> Measured:
+    """One to four tokens a step, and every tenth step 64: hardly two steps in a row of one width."""
+    return curves(step_T=mixed(4, 64, 0.1))
 
 
 @bench

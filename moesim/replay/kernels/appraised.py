@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moesim.jit import inlined, specialised
 from moesim.replay.kernels.loop import replay_cache
-from moesim.replay.kernels.slots import BLOCK, EMPTY, Slots, new_slots, put, renew, take
+from moesim.replay.kernels.slots import BLOCK, EMPTY, Slots, U, new_slots, put, renew, take
 
 SLOWEST = 0.02  # rate of learning once an expert was seen often
 KEPT = EMPTY - 1  # worth of what the event needs
@@ -63,7 +63,7 @@ def _least(turns: Turns, stamp_X: NDArray[np.int64], floor: int) -> int:
         for block in range(len(slots.least_B)):
             if slots.least_B[block] == worth:
                 for at in range(block * BLOCK, block * BLOCK + BLOCK):
-                    if slots.worth_C[at] == worth and (found < 0 or turn_X[slots.id_C[at]] < turn_X[slots.id_C[found]]):
+                    if slots.worth_C[U(at)] == worth and (found < 0 or turn_X[U(slots.id_C[U(at)])] < turn_X[U(slots.id_C[U(found)])]):
                         found = at
         if stamp_X[slots.id_C[found]] < floor:
             return take(slots, found)
@@ -178,11 +178,16 @@ def _learn(state: Chain, n: int, id_A: NDArray[np.int32], lo: int, hi: int) -> N
     likely_E = state.likely_X[base : base + experts]
     likely_E[:] = 0
     share = np.float32(1.0 / (hi - lo))
-    for a in range(lo, hi):
+    for a in range(lo, hi - 3, 4):  # several rows at a time: memory is what this waits for
+        one_E, two_E, three_E, four_E = state.soon_XE[id_A[a]], state.soon_XE[id_A[a + 1]], state.soon_XE[id_A[a + 2]], state.soon_XE[id_A[a + 3]]
+        for j in range(experts):
+            likely_E[j] += (one_E[j] + two_E[j]) + (three_E[j] + four_E[j])
+    for a in range(hi - (hi - lo) % 4, hi):
         soon_E = state.soon_XE[id_A[a]]
         for j in range(experts):
-            likely_E[j] += share * soon_E[j]
+            likely_E[j] += soon_E[j]
     for j in range(experts):
+        likely_E[j] *= share
         known_E[j] = fade * likely_E[j]
     for a in range(lo, hi):
         known_E[id_A[a] - base] += np.float32(1)
@@ -220,7 +225,7 @@ def _last_foretold(state: Chain, stamp_X: NDArray[np.int64], floor: int, e: int)
             due_L[(state.value[0] + 1 + ahead) % layers] = state.fade_L[ahead]
         for at in range(len(worth_C)):
             if worth_C[at] != EMPTY:
-                x = slots.id_C[at]
+                x = U(slots.id_C[at])
                 worth_C[at] = _bits(likely_X[x] * due_L[layer_X[x]])
         for block in range(len(slots.least_B)):
             renew(slots, block)

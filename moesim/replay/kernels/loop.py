@@ -69,7 +69,7 @@ def new_cache(size_X: NDArray[np.int64], pinned_X: NDArray[np.bool_]) -> Cache:
 # Hooks of a policy: each copy of the loop (`moesim.jit.specialised`) has its own in place of these.
 FORESIGHT = False  # knows the future: `rank` orders what exceeds the cache
 SETTLES = False  # hears of members when all are loaded, so that they are ordered by id, hit or not
-PROTECTS = True  # never drops a member of the event
+PROTECTS = True  # never drops a member of the event; for a prefetch nobody does
 
 
 @inlined
@@ -180,7 +180,7 @@ def replay_cache(
                 a = todo_X[i] if demand else -1
                 e = id_A[a] if demand else fetch_F[todo_X[i]]
                 size = size_X[e]
-                fits = not PROTECTS or size <= capacity - held
+                fits = size <= capacity - held or (not PROTECTS and demand == 1)
                 while fits and used + size > capacity:
                     v = victim(state, stamp_X, floor - 1 + demand, e)
                     fits = v >= 0

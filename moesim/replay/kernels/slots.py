@@ -6,7 +6,7 @@ worth costs next to nothing unless it was its block's minimum. On caches of a fe
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from moesim.jit import inlined
 
 BLOCK = 16
 EMPTY = np.iinfo(np.int64).max  # worth of a slot without expert
+U = np.uint64  # an index of this type is not looked at for counting from the end, so loops handle several slots at once
 
 
 class Slots(NamedTuple):
@@ -46,16 +47,16 @@ def new_slots(ids: int, capacity: int) -> Slots:
 def renew(slots: Slots, block: int) -> None:
     """Find a block's minimum again."""
     least = EMPTY
-    for i in range(block * BLOCK, block * BLOCK + BLOCK):
+    for i in range(U(block * BLOCK), U(block * BLOCK + BLOCK)):
         least = min(least, slots.worth_C[i])
-    slots.least_B[block] = least
+    slots.least_B[U(block)] = least
 
 
 @inlined
 def revalue(slots: Slots, e: int, worth: int) -> None:
     """Give `e`, which is in a slot, another worth."""
-    at = slots.slot_X[e]
-    block = at // BLOCK
+    at = U(slots.slot_X[e])
+    block: Any = at // U(BLOCK)
     before = slots.worth_C[at]
     slots.worth_C[at] = worth
     if worth <= slots.least_B[block]:
@@ -97,7 +98,7 @@ def least(slots: Slots) -> int:
     if worth == EMPTY:
         return -1
     at = block * BLOCK
-    while slots.worth_C[at] != worth:
+    while slots.worth_C[U(at)] != worth:
         at += 1
     return at
 
@@ -112,6 +113,6 @@ def least_free(slots: Slots, stamp_X: NDArray[np.int64], floor: int) -> int:
     for b in range(len(slots.least_B)):
         if slots.least_B[b] < worth:
             for at in range(b * BLOCK, b * BLOCK + BLOCK):
-                if slots.worth_C[at] < worth and stamp_X[slots.id_C[at]] < floor:
+                if slots.worth_C[U(at)] < worth and stamp_X[U(slots.id_C[U(at)])] < floor:
                     found, worth = at, slots.worth_C[at]
     return found
