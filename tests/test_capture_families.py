@@ -198,6 +198,7 @@ def test_the_command_line_stores_logits(tmp_path: Path) -> None:
     )
     done = CliRunner().invoke(app, ["capture", "-o", str(tmp_path / "t"), "--logits", "--", str(script)])
     assert done.exit_code == 0, done.output
+    assert "10 tokens, 3 MoE layers x 8 experts; next: moesim inspect" in done.stderr
     (batch,) = load_trace(tmp_path / "t").batches(logits=True)
     assert batch.logits_TLE is not None
     assert batch.logits_TLE.shape == (10, 3, 8)

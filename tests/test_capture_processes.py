@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,45 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(CaptureError, match="cannot be written there"):
         capture(TinyMoE(), tmp_path / "file" / "t", model_spec=tiny_spec())
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Files as an ordinary user sees them, where the tests are run by root, who may write anywhere."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_permission_lost_in_mid_run_is_one_error_and_what_was_written_stays(tmp_path: Path) -> None:
+    model, out = TinyMoE(), tmp_path / "t"
+    recorder = capture(model, out, model_spec=tiny_spec(), part_rows=1)
+    model(tokens(0))
+    until = time.monotonic() + 10
+    while not list(out.glob("part-*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    out.chmod(0o500)
+    try:
+        with unprivileged():
+            with pytest.raises(CaptureError, match=r"cannot be written: .*Permission denied.*16 tokens are safe"):
+                run_until_error(recorder, model)
+            model(tokens(0))  # without hooks: the run goes on
+            recorder.close()
+    finally:
+        out.chmod(0o700)
+    with pytest.warns(UserWarning, match="no manifest"):
+        assert load_trace(out).tokens == 16
+
+
+def test_a_place_without_permission_is_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with unprivileged(), pytest.raises(CaptureError, match="cannot be written there: .*Permission denied"):
+        capture(TinyMoE(), tmp_path / "closed" / "t", model_spec=tiny_spec())
 
 
 def test_tokens_reach_the_disk_while_the_run_stands_still(tmp_path: Path) -> None:

@@ -171,6 +171,18 @@ def test_inspection_counts_repeated_tokens_and_domains(model: ModelSpec, make_tr
     json.dumps(found.to_dict())
 
 
+@pytest.mark.parametrize("rows", [100, 1 << 14])
+def test_drift_over_more_steps_than_are_counted_apart(rows: int, model: ModelSpec, make_trace: MakeTrace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals are merged as steps come in; a change half way through is still one bit between the fifth and the sixth tenth."""
+    monkeypatch.setattr("moesim.trace.inspect.STEPS", 40)
+    monkeypatch.setattr("moesim.trace.inspect.BATCH", rows)
+    ids = np.random.default_rng(0).integers(0, 8, (3200, 3, 2)) + 8 * (np.arange(3200) >= 1600)[:, None, None]
+    found = inspect(make_trace(model, ids, step=np.arange(3200) // 5))
+    assert found.step_edges == list(range(0, 640, 64))
+    np.testing.assert_allclose(found.drift_over_steps[4], 1)
+    assert np.delete(found.drift_over_steps, 4, axis=0).max() < 0.05
+
+
 def test_two_runs_are_never_mixed(model: ModelSpec, trace: Trace) -> None:
     with pytest.raises(OutputExists, match="not empty"):
         TraceWriter(trace.path, model)

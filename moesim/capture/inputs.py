@@ -26,8 +26,12 @@ def forward_inputs(
     A cache that counts on the device gives `past` as a tensor, to be read later without a synchronisation; the number
     is then 1 for a single token and 0 otherwise. Raises nothing: a call without any tensor is (0, 0, 0, {}).
     """
-    named = dict(zip(names, args, strict=False)) | kwargs if args else kwargs
+    given = dict(zip(names, args, strict=False)) | kwargs if args else kwargs
+    cache = given.get("past_key_values")
+    named = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     tokens = _first(named, _TOKENS)
+    if tokens is not None and len(named) == 1 and cache is None and tokens.ndim == 2:  # most training
+        return tokens.shape[0], tokens.shape[1], 0, {"token_id": tokens}
     hidden = _first(named, _HIDDEN)
     if tokens is None and hidden is None:
         lead = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -50,7 +54,6 @@ def forward_inputs(
     if (bounds := _first(named, _BOUNDS)) is not None:
         tensors["bounds"] = bounds
     past: Any = 0
-    cache = named.get("past_key_values")
     if cache is not None and hasattr(cache, "get_seq_length"):
         try:
             past = cache.get_seq_length()
@@ -61,17 +64,16 @@ def forward_inputs(
     return batch, length, past, tensors
 
 
-def _first(named: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:
+def _first(named: dict[str, Tensor], names: tuple[str, ...]) -> Tensor | None:
     for name in names:
-        value = named.get(name)
-        if isinstance(value, Tensor):
-            return value
+        if name in named:
+            return named[name]
     return None
 
 
-def _mask(mask: Any) -> Tensor | None:
+def _mask(mask: Tensor | None) -> Tensor | None:
     """Non-zero where a token counts, [B, ≥S]. Of a 4-D mask (true, or 0 added to the logits): tokens that anyone attends to."""
-    if not isinstance(mask, Tensor):
+    if mask is None:
         return None
     if mask.ndim == 4:
         seen = mask if mask.dtype == torch.bool else mask > -1

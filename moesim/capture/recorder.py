@@ -66,6 +66,7 @@ class Recorder:
         owners = list(dict.fromkeys(router.owner for router in routers))
         self._owners = [model.get_submodule(path) for path in owners]
         self._groups = [[router for router in routers if router.owner == path] for path in owners]
+        self._plain = [list(range(len(group))) for group in self._groups]  # every router once, in order
         places = [owners.index(router.owner) for router in routers]
         info = writer.info
         # by router: its stack, its place there, how it is read
@@ -75,6 +76,7 @@ class Recorder:
         ]
         self._step, self._microbatch, self._by_hand, self._trained = 0, 0, False, False
         self._seen, self._steps_without = 0, 0
+        self._held_B: dict[tuple[int, int], int] = {}  # by stack and rows: what a pass on the CPU holds while it waits
         self._ran: set[int] = set()
         self._open, self._prompt, self._stray, self._skipped = -1, 0, 0, 0
         self._forward: tuple[Forward, dict[str, Tensor]] | None = None
@@ -150,13 +152,11 @@ class Recorder:
         self._open, self._kept, self._forward = stream, [], None
         if self._step % self._every == 0 and (self._max_tokens is None or self.tokens < self._max_tokens):
             layout = self._groups[stream][0].adapter.layout
-            label = Forward(
-                stream=stream, step=self._step, microbatch=self._microbatch, domain=self._domain, training=training,
-                batch=batch, length=length, past=past, prompt=self._prompt, sequence_first=layout == "sequence-first",
-            )  # fmt: skip
-            root = self._root_tokens
+            label = Forward(  # by place: quicker, in every pass of the user's model
+                stream, self._step, self._microbatch, self._domain, training, batch, length, past, self._prompt, layout == "sequence-first"
+            )
             self._root_needed = "token_id" not in tensors
-            if root is not None and self._root_needed and root.shape == (batch, length):
+            if self._root_needed and (root := self._root_tokens) is not None and root.shape == (batch, length):
                 tensors["token_id"] = root
             # the caller may write into its buffers before the copies are done
             self._forward = (label, {name: tensor.clone() for name, tensor in tensors.items()})
@@ -211,29 +211,35 @@ class Recorder:
         self.overhead_s += perf_counter() - began
 
     def _hand_over(self, forward: Forward, tensors: dict[str, Tensor], kept: list[Kept]) -> None:
-        group = self._groups[forward.stream]
-        heard = {one[0] for one in kept}
-        if len(heard) < len(group):
-            self._refuse_silent([router for index, router in enumerate(group) if index not in heard], forward)
-        on_cpu, decided = True, []
+        group, stream = self._groups[forward.stream], forward.stream
+        plain = [one[0] for one in kept] == self._plain[stream]
+        if not plain and (silent := set(self._plain[stream]) - {one[0] for one in kept}):
+            self._refuse_silent([group[index] for index in sorted(silent)], forward)
+        on_cpu, decided, wanted = True, [], self._weights
         for index, ids, weights, logits in kept:
             # the graph behind the weights must not live on; all of them here, where `detach` is cold only once
-            gates = weights.detach() if weights is not None and self._weights else None
+            gates = weights.detach() if wanted and weights is not None else None
             scores = logits.detach() if logits is not None else None
             decided.append((index, ids, gates, scores))
             on_cpu = on_cpu and ids.is_cpu and (gates is None or gates.is_cpu) and (scores is None or scores.is_cpu)
-        first = decided[0]
-        calls = [first] if len(kept) == len(heard) else [call for call in decided if call[0] == first[0]]
-        rows = sum([ids.numel() // ids.shape[-1] for _, ids, *_ in calls])
+        shape = decided[0][1].shape
+        rows = shape[0] if plain and len(shape) == 2 else sum(one[1].shape[:-1].numel() for one in decided if one[0] == decided[0][0])
         if on_cpu:
-            # what a sliced tensor holds is all of its storage
-            size_B = len(decided) * sum([tensor.untyped_storage().nbytes() for tensor in first[1:] if tensor is not None])
+            size_B = self._held_B.get((stream, rows)) or self._measure(decided, stream, rows)
         else:
             tensors |= stacked(gather(group, decided, self._widths))
             decided, size_B = [], sum(tensor.nbytes for tensor in tensors.values())
         if self._ring.put(Pass(forward, rows, size_B, decided), tensors, size_B):
             self.forwards += 1
             self.tokens += rows
+
+    def _measure(self, decided: Sequence[Kept], stream: int, rows: int) -> int:
+        """Bytes that a pass of so many rows holds: of a sliced tensor, all of its storage."""
+        if len(self._held_B) >= 1024:  # a server meets thousands of lengths
+            self._held_B.clear()
+        tensors = [tensor for one in decided for tensor in one[1:] if isinstance(tensor, Tensor)]
+        size_B = self._held_B[stream, rows] = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return size_B
 
     def _refuse_silent(self, silent: list[Router], forward: Forward) -> None:
         """Every layer must have fired, unless the model drops whole layers in training."""

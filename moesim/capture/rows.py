@@ -6,22 +6,25 @@ can be converted in a row, while the code is warm. Shapes: R rows of one pass, T
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from moesim.capture.discover import Router
 from moesim.capture.gather import Kept, Layers, gather
 from moesim.capture.tokens import Forward, Sequences, token_columns
 from moesim.trace import NO_EXPERT, Coded, TraceWriter
+from moesim.trace.schema import NUMBER_COLUMNS
+from moesim.trace.writer import GROUP_ROWS
 
 _KINDS = {"experts": (np.uint16, NO_EXPERT), "weights": (np.float16, 0), "logits": (np.float16, np.nan)}
-MOST_ROWS, MOST_B = 1 << 14, 1 << 24
+MOST_ROWS, MOST_B = GROUP_ROWS, 1 << 24
 
 
 class Pass(NamedTuple):
@@ -34,7 +37,7 @@ class Pass(NamedTuple):
 
 
 class RowBuffer:
-    """Passes on their way to `writer`, at most a quarter of a part (in rows or seconds), 16,384 rows or 16 MiB of them.
+    """Passes on their way to `writer`, at most a quarter of a part (in rows or seconds), a row group or 16 MiB of them.
 
     `groups` are the routers of each stack of layers; a stack that lacks layers of the trace writes no selection there.
     `unmatched` counts passes whose rows could not be matched to tokens.
@@ -71,7 +74,7 @@ class RowBuffer:
             self.unmatched += not matched
             columns.append(found)
         sizes = [one.rows for one, _ in passes]
-        joined = {name: _joined([found[name] for found in columns], sizes) for name in columns[0]}
+        joined = {name: _joined([found[name] for found in columns], sizes, NUMBER_COLUMNS.get(name, "bool")) for name in columns[0]}
         with np.errstate(over="ignore"):  # a logit that masks an expert may be the least float32: -inf in a trace
             filled = {what: self._filled(what, decided, total) for what in self._widths}
         self._writer.append(filled["experts"], weights=filled.get("weights"), logits=filled.get("logits"), **joined)
@@ -80,20 +83,26 @@ class RowBuffer:
         return gather(self._groups[one.forward.stream], one.kept, self._widths)
 
     def _filled(self, what: str, decided: Sequence[tuple[Pass, Any]], total: int) -> dict[int, NDArray[Any]]:
-        """By layer [T, K] or [T, E]: every pass converted straight into its rows."""
+        """By layer [T, K] or [T, E]: the passes of a layer converted straight into its rows."""
         kind, filler = _KINDS[what]
-        layers = self._writer.info.model.moe_layers
-        room = np.empty((len(layers), total, self._widths[what]), kind)
-        by_layer = dict(zip(layers, room, strict=True))
-        begin = 0
+        layers, width = self._writer.info.model.moe_layers, self._widths[what]
+        parts: dict[int, list[NDArray[Any]]] = {layer: [] for layer in layers}
         for one, layered in decided:
-            group, end = self._groups[one.forward.stream], begin + one.rows
-            if len(group) < len(layers):  # the others are of other stacks
-                room[:, begin:end] = filler
-            for router, values in zip(group, layered[what], strict=True):
-                by_layer[router.layer][begin:end] = filler if values is None else _numpy(values)  # cast as C does: -1 becomes 65535
-            begin = end
-        return by_layer
+            group = self._groups[one.forward.stream]
+            heard = {router.layer: _numpy(values) for router, values in zip(group, layered[what], strict=True) if values is not None}
+            for layer, found in parts.items():  # a layer without: its router was silent, or is of another stack
+                found.append(heard[layer] if layer in heard else np.full((one.rows, width), filler, kind))
+        room = _room((len(layers), total, width), kind)
+        for found, room_TK in zip(parts.values(), room, strict=True):
+            np.concatenate(found, out=room_TK, casting="unsafe")  # as C does: -1 becomes 65535
+        return dict(zip(layers, room, strict=True))
+
+
+def _room(shape: tuple[int, ...], kind: DTypeLike) -> NDArray[Any]:
+    """An empty array in memory of Arrow's pool, which keeps it for the next: malloc gives every array of this size back to the system."""
+    import pyarrow as pa
+
+    return np.frombuffer(pa.allocate_buffer(math.prod(shape) * np.dtype(kind).itemsize), kind).reshape(shape)
 
 
 def _numpy(values: Tensor | NDArray[Any]) -> NDArray[Any]:
@@ -103,24 +112,20 @@ def _numpy(values: Tensor | NDArray[Any]) -> NDArray[Any]:
     return array
 
 
-def _joined(values: Sequence[Any], sizes: Sequence[int]) -> Any:
+def _joined(values: Sequence[Any], sizes: Sequence[int], kind: str) -> Any:
     """One column of all passes. Words become codes here, word by word, so that nobody has to look at every row's text."""
     first = values[0]
     if not isinstance(first, np.ndarray) and all(type(value) is type(first) and value == first for value in values):
         return first
-    if isinstance(first, str) or (isinstance(first, np.ndarray) and first.dtype.kind == "O"):
-        codes: dict[str, int] = {}
-        parts = []
-        for value, rows in zip(values, sizes, strict=True):
-            if isinstance(value, str):
-                parts.append(np.full(rows, codes.setdefault(value, len(codes)), np.int32))
-            else:
-                parts.append(np.fromiter((codes.setdefault(word, len(codes)) for word in value), np.int32, rows))
-        return Coded(tuple(codes), np.concatenate(parts))
-    if len(values) == 1:
-        return first
-    return (
-        np.repeat(np.asarray(values), sizes)
-        if all(np.ndim(v) == 0 for v in values)
-        else np.concatenate([value if np.ndim(value) else np.broadcast_to(value, rows) for value, rows in zip(values, sizes, strict=True)])
-    )
+    codes: dict[str, int] = {}
+    words = isinstance(first, str) or (isinstance(first, np.ndarray) and first.dtype.kind == "O")
+    room, begin = np.empty(sum(sizes), np.int32 if words else kind), 0
+    for value, rows in zip(values, sizes, strict=True):
+        if not words:
+            room[begin : begin + rows] = value
+        elif isinstance(value, str):
+            room[begin : begin + rows] = codes.setdefault(value, len(codes))
+        else:
+            room[begin : begin + rows] = np.fromiter((codes.setdefault(word, len(codes)) for word in value), np.int32, rows)
+        begin += rows
+    return Coded(tuple(codes), room) if words else room

@@ -86,6 +86,7 @@ def capture(
             path, spec, weights=weights, logits=logits, captured_by=_provenance(model, routers, zero_experts, world), rank=rank,
             part_rows=part_rows, part_seconds=part_seconds, run=_run_name(world),
         )  # fmt: skip
+        writer.rehearse()
     except OSError as problem:
         raise CaptureError(f"{path}: a trace cannot be written there: {problem}; give a path that can be written") from None
     return Recorder(

@@ -116,9 +116,9 @@ def _plain_columns(forward: Forward, inputs: dict[str, NDArray[Any]], sequences:
 
 
 @lru_cache(maxsize=4)  # training repeats one shape
-def _grid(batch: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+def _grid(batch: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.bool_]]:
     """Row, position and validity of every token of whole sequences, [B·S] each, read-only."""
-    row_T, position_T, valid_T = np.repeat(np.arange(batch), length), np.tile(np.arange(length), batch), np.ones(batch * length, bool)
+    row_T, position_T, valid_T = np.repeat(np.arange(batch), length), np.tile(np.arange(length, dtype=np.int32), batch), np.ones(batch * length, bool)
     row_T.flags.writeable = position_T.flags.writeable = valid_T.flags.writeable = False
     return row_T, position_T, valid_T
 

@@ -180,7 +180,7 @@ class TraceWriter:
         array = np.asarray(value)
         if array.ndim and array.shape != (rows,):
             raise TraceError(f"column {field.name!r}: expected one value or {rows}, got shape {list(array.shape)}")
-        array = array.astype(field.type.to_pandas_dtype(), copy=False)
+        array = array.astype(field.type.to_pandas_dtype())  # a copy: the caller may use its array again
         return pa.array(np.ascontiguousarray(array) if array.ndim else np.full(rows, array), field.type)
 
     def _list(self, values: NDArray[Any]) -> Any:

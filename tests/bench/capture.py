@@ -15,7 +15,11 @@ STEPS, BLOCK, PAIRS = 25, 5, 10
 
 @bench
 def capture_share_of_training() -> Measured:
-    """Share of the demo's training time spent in hooks and the writer thread (closing included) when every step is recorded."""
+    """Share of the demo's training time spent in hooks and the writer thread when every step is recorded, closing included.
+
+    Seconds in hooks are by the wall clock, so on a busy machine they count what other programs took meanwhile. What opening takes is no part of a
+    step: about 5 ms, in which Arrow's code is loaded; `capture-slows-training` counts it.
+    """
     model, corpus = _prepared()
     with tempfile.TemporaryDirectory() as folder:
         recorder, spent = _captured(model, corpus, Path(folder) / "trace", STEPS)
