@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,15 +21,18 @@ if TYPE_CHECKING:
 
     Schema = TypeVar("Schema", bound=BaseModel)
 
+MOST_MISTAKES = 20  # named in one message
 MAX_TEXT_B = 256 * 2**20  # a larger plan or profile is not one of ours
 
 
 def read_text(path: Path, error: type[InputError]) -> str:
     """Content of a text file, at most 256 MiB; errors name the file."""
     try:
-        if path.stat().st_size > MAX_TEXT_B:
-            raise error(f"{path}: {path.stat().st_size:,} bytes is too large for this kind of file; check the path")
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as stream:
+            content = stream.read(MAX_TEXT_B + 1)  # a device or a pipe states no size
+        if len(content) > MAX_TEXT_B:
+            raise error(f"{path}: more than {MAX_TEXT_B >> 20} MiB is too large for this kind of file; check the path")
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise error(f"{path}: no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as problem:
@@ -43,13 +48,25 @@ def read_toml(path: Path, error: type[InputError]) -> dict[str, Any]:
 
 
 def read_json(path: Path, error: type[InputError]) -> Any:
-    """Parsed JSON; a syntax error is reported with its line. NaN and Infinity are refused."""
+    """Parsed JSON; a syntax error is reported with its line. Refused: NaN, Infinity, 1e999 and a key that occurs twice in an object."""
 
     def refuse(constant: str) -> Any:
-        raise error(f"{path}: holds the non-number {constant}; write null or a number")
+        raise error(f"{path}: holds the non-number {_short(constant, str)}; write null or a number")
+
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse(text)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise error(f"{path}: the key {_short(twice)} occurs twice in one object; keep one of them")
+        return table
 
     try:
-        return json.loads(read_text(path, error), parse_constant=refuse)
+        return json.loads(read_text(path, error), parse_constant=refuse, parse_float=number, object_pairs_hook=once)
     except (ValueError, RecursionError) as problem:  # as above
         raise error(f"{path}: not valid JSON: {problem}") from None
 
@@ -61,12 +78,14 @@ def validated(schema: type[Schema], data: Any, *, place: str, error: type[InputE
     try:
         return schema.model_validate(data)
     except ValidationError as problem:
-        raise error(f"{place}: " + "; ".join(_mistakes(problem))) from None
+        found = list(islice(_mistakes(problem), MOST_MISTAKES))
+        more = problem.error_count() - len(found)
+        raise error(f"{place}: " + "; ".join([*found, *([f"and {more:,} more"] if more else [])])) from None
 
 
 def _mistakes(problem: Any) -> Iterable[str]:
     for item in problem.errors(include_url=False):
-        path = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])
+        path = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{_short(part, str)}" for part in item["loc"])
         if item["type"] == "extra_forbidden":
             yield f"{path}: unknown key; remove it or check its spelling"
         elif item["type"] == "missing":
@@ -76,8 +95,8 @@ def _mistakes(problem: Any) -> Iterable[str]:
             yield f"{path}: {message[0].lower()}{message[1:]} (got {_short(item['input'])})"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def _short(value: Any, words: Callable[[Any], str] = repr) -> str:
+    text = words(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 

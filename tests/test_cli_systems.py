@@ -167,7 +167,7 @@ def test_what_would_change_nothing_is_refused(moesim: Run, routed: Trace, plan: 
             tmp_path / "t.json.gz",
         ),
         "system 'magic' is unknown": (*simulate, "--system", "magic"),
-        "give each a file of its own": (*simulate, "--timeline", tmp_path / "one.json", "-o", tmp_path / "one.json"),
+        "give every output a file of its own": (*simulate, "--timeline", tmp_path / "one.json", "-o", tmp_path / "one.json"),
         "inference only": (*simulate, "--system", "se-moe", "--mode", "training"),
         "--mode needs --system": (*compare, "--mode", "decode"),
         "--solver goes with solvers, not with --system": (*compare, "--system", "plain", "--solver", "eplb"),

@@ -85,6 +85,16 @@ def test_absurd_sizes_cost_nothing(tmp_path: Path) -> None:
     assert any(f.level == "fail" for f in check("eplb", tmp_path / "big.npz", Wanted(devices=1)))
 
 
+def test_an_archive_that_unpacks_to_a_thousand_times_its_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "bomb.npz", ids=np.zeros((2**15, 8, 8), np.int64))
+    np.savez_compressed(tmp_path / "real.npz", ids=random_ids(0, 2**13))
+    monkeypatch.setattr("moesim.interop.opening.MAX_PACKED_B", 2**16)
+    with pytest.raises(InputError, match="a zip bomb or a mistake"):
+        import_trace("npz", tmp_path / "bomb.npz", tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+    assert import_trace("npz", tmp_path / "real.npz", tmp_path / "t").tokens == 2**13
+
+
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One good file or folder of every format."""

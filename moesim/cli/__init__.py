@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
@@ -31,6 +30,7 @@ from moesim.cli import (
     systems,
     validate,
 )
+from moesim.cli.screen import guarded, note
 from moesim.errors import InputError, MoesimError
 
 app = typer.Typer(
@@ -66,7 +66,7 @@ for module in (
     profiles,
     models,
 ):
-    app.command(module.NAME, epilog=module.EPILOG)(module.run)
+    app.command(module.NAME, epilog=module.EPILOG)(guarded(module.run))
 
 
 def main() -> None:
@@ -76,25 +76,25 @@ def main() -> None:
     """
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        note(f"warning: {message}")
 
     warnings.showwarning = show
     try:
         app()
     except InputError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        note(f"error: {problem}")
         raise SystemExit(2) from None
     except MoesimError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        note(f"error: {problem}")
         raise SystemExit(1) from None
     except OSError as problem:
         place = f"{problem.filename}: " if problem.filename else ""
-        print(f"error: {place}{problem.strerror or problem}; check the path, its permissions and the space left", file=sys.stderr)
+        note(f"error: {place}{problem.strerror or problem}; check the path, its permissions and the space left")
         raise SystemExit(2) from None
     except MemoryError:
-        print("error: not enough memory; select fewer tokens (--tokens) or layers", file=sys.stderr)
+        note("error: not enough memory; select fewer tokens (--tokens) or layers")
         raise SystemExit(1) from None
     except SystemExit as stop:  # typer ends an interrupted verb without a word
         if stop.code == 130:
-            print("interrupted", file=sys.stderr)
+            note("interrupted")
         raise

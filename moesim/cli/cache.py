@@ -83,8 +83,6 @@ def run(
     from moesim.plan import load_plan
 
     outputs = [path for path in (output, result, plot) if path]
-    if len(set(outputs)) < len(outputs):
-        raise InputError(f"{', '.join(map(str, outputs))}: give every output a file of its own")
     if plot and plot.suffix not in (".svg", ".png"):
         raise InputError(f"--plot {plot}: draws .svg or .png; give one of these")
     for path in outputs:

@@ -28,8 +28,14 @@ def run(
 ) -> None:
     """Run a training or inference script and record which experts every token chooses."""
     from moesim.capture.run import run_script
+    from moesim.cli.screen import note
     from moesim.model import load_model
+    from moesim.trace import load_trace
 
     spec = load_model(model) if model else None
     status = run_script(command, output, domain=domain, every=every, max_tokens=max_tokens, weights=weights, logits=logits, model_spec=spec)
+    if status == 0:  # on stderr: stdout is the script's
+        trace = load_trace(output)
+        shape = f"{len(trace.model.moe_layers)} MoE layers x {trace.model.experts} experts"
+        note(f"wrote {output}: {trace.tokens:,} tokens, {shape}; next: moesim inspect {output}")
     raise typer.Exit(status)

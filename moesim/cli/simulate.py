@@ -86,8 +86,6 @@ def run(
     given = {name: value for name, value in options.items() if value is not None}
     if given and engine == "lockstep":
         raise InputError(f"--engine lockstep knows no {', '.join(given)}; leave {'it' if len(given) == 1 else 'them'} out, or take --engine event")
-    if timeline and timeline == output:
-        raise InputError(f"--output and --timeline are both {timeline}; give each a file of its own")
     for path in (output, timeline):
         if path:
             check_output(path, force=force)

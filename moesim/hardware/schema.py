@@ -15,6 +15,8 @@ from moesim.units import parse
 
 Confidence = Literal["datasheet", "paper", "measured", "fitted", "empirical", "unverified", "assumed"]
 
+MOST_DEVICES = 2**16  # a larger number is a mistake, and would fill the memory
+
 
 def _quantity(unit: str) -> BeforeValidator:
     def convert(value: Any) -> Any:
@@ -186,6 +188,8 @@ class ClusterFile(Table):
 
     @model_validator(mode="after")
     def _connected(self) -> ClusterFile:
+        if (devices := sum(node.repeat * node.devices for node in self.nodes)) > MOST_DEVICES:
+            raise ValueError(f"{devices:,} devices in all; clusters of up to {MOST_DEVICES:,} are simulated")
         if self.network is None and sum(node.repeat for node in self.nodes) > 1:
             raise ValueError("several nodes need a [network] with a link between them")
         if self.network is None and any(node.nic for node in self.nodes):

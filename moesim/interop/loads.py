@@ -77,7 +77,7 @@ def load_loads(path: str | Path) -> Loads:
         layers = tuple(int(layer) for layer in data["moe_layers"])
         tokens, notes = data["tokens"], tuple(str(note) for note in data["notes"])
         source = str(data["source"])
-    except (KeyError, TypeError, ValueError) as problem:
+    except (KeyError, TypeError, ValueError, OverflowError) as problem:
         raise TraceError(f"{file}: damaged loads file: {problem}") from None
     if load.shape != (len(layers), data.get("experts")):
         raise TraceError(f"{file}: load is {list(load.shape)}, but the file states {len(layers)} layers x {data.get('experts')} experts")

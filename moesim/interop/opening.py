@@ -19,6 +19,7 @@ from moesim.errors import InputError, TraceError
 
 MAX_LINE_B = 256 * 2**20
 MAX_ARRAY_B = 64 * 2**30  # unpacked; a larger one is a zip bomb or a mistake
+MAX_PACKING, MAX_PACKED_B = 200, 2**30  # bytes from one byte of an archive, for arrays beyond this size: real ids pack about 8 times
 MAX_HEADER_B = 100 * 2**20  # safetensors' own limit
 _SAFE_DTYPES = {
     "BOOL": np.dtype(bool), "U8": np.dtype("u1"), "I8": np.dtype("i1"), "U16": np.dtype("<u2"), "I16": np.dtype("<i2"), "U32": np.dtype("<u4"),
@@ -91,6 +92,8 @@ def numpy_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
             members = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}
             for name in names:
                 if item := members.get(name):
+                    if item.file_size > max(MAX_PACKED_B, MAX_PACKING * item.compress_size):
+                        raise ValueError(f"array {name!r} unpacks {item.compress_size:,} bytes to {item.file_size:,}: a zip bomb or a mistake")
                     with archive.open(item) as stream:
                         _check_header(path, name, stream, item.file_size)
         with np.load(path, allow_pickle=False) as loaded:
